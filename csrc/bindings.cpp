@@ -1,0 +1,145 @@
+// Python entry points: integers in (data pointers, sizes, strides in elements, codes), nothing of
+// torch. The caller (robustgate/ops/backends) has checked dtypes, shapes, devices and strides.
+//
+// Logits travel as one flat list of 3 integers per expert: data pointer, outer and inner row stride.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using robustgate::LogitRows;
+
+namespace {
+
+using Integers = std::vector<int64_t>;
+
+template <typename T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<LogitRows> logit_rows(const Integers& flat) {
+  std::vector<LogitRows> rows(flat.size() / 3);
+  for (size_t k = 0; k < rows.size(); ++k) {
+    rows[k] = {pointer<void>(flat[3 * k]), flat[3 * k + 1], flat[3 * k + 2]};
+  }
+  return rows;
+}
+
+// (rows, inner_rows, vocab, ignore_index, temperature, softcap, dtype)
+using Spec = std::tuple<int64_t, int64_t, int64_t, int64_t, double, double, int>;
+
+robustgate::LogitsSpec logits_spec(const Spec& spec, size_t experts) {
+  const auto& [rows, inner_rows, vocab, ignore_index, temperature, softcap, dtype] = spec;
+  return {rows,         inner_rows,  vocab,   static_cast<int64_t>(experts),
+          ignore_index, temperature, softcap, static_cast<robustgate::DType>(dtype)};
+}
+
+int64_t cpu_expert_log_prob(const Integers& logits, int64_t target, int64_t log_prob, int64_t lse,
+                            const Spec& spec, int threads) {
+  const auto rows = logit_rows(logits);
+  py::gil_scoped_release release;
+  return robustgate::cpu::expert_log_prob(
+      {logits_spec(spec, rows.size()), rows.data(), pointer<int64_t>(target),
+       pointer<void>(log_prob), pointer<double>(lse)},
+      threads);
+}
+
+void cpu_expert_log_prob_backward(const Integers& logits, int64_t target, int64_t lse,
+                                  int64_t grad, const Integers& grad_logits,
+                                  const Integers& padded_vocab, const Spec& spec, int threads) {
+  const auto rows = logit_rows(logits);
+  const auto grad_rows = logit_rows(grad_logits);
+  py::gil_scoped_release release;
+  robustgate::cpu::expert_log_prob_backward(
+      {logits_spec(spec, rows.size()), rows.data(), pointer<int64_t>(target), pointer<double>(lse),
+       pointer<void>(grad), grad_rows.data(), padded_vocab.data()},
+      threads);
+}
+
+// (rows, experts, gate_stride, ignore_index, sign, dtype)
+using MixtureSpec = std::tuple<int64_t, int64_t, int64_t, int64_t, double, int>;
+
+robustgate::MixtureLogProb mixture(int64_t log_prob, int64_t gate_logits, int64_t target,
+                                   int64_t out, const MixtureSpec& spec) {
+  const auto& [rows, experts, gate_stride, ignore_index, sign, dtype] = spec;
+  return {rows,
+          experts,
+          static_cast<robustgate::DType>(dtype),
+          pointer<void>(log_prob),
+          pointer<void>(gate_logits),
+          gate_stride,
+          pointer<int64_t>(target),
+          ignore_index,
+          sign,
+          pointer<void>(out)};
+}
+
+void cpu_mixture_log_prob(int64_t log_prob, int64_t gate_logits, int64_t target, int64_t out,
+                          const MixtureSpec& spec, int threads) {
+  py::gil_scoped_release release;
+  robustgate::cpu::mixture_log_prob(mixture(log_prob, gate_logits, target, out, spec), threads);
+}
+
+int64_t cpu_mixture_nll(const Integers& logits, int64_t gate_logits, int64_t gate_stride,
+                        int64_t target, int64_t nll, int64_t log_prob, int64_t lse,
+                        const Spec& spec, int threads) {
+  const auto rows = logit_rows(logits);
+  py::gil_scoped_release release;
+  return robustgate::cpu::mixture_nll(
+      {logits_spec(spec, rows.size()), rows.data(), pointer<int64_t>(target),
+       pointer<void>(log_prob), pointer<double>(lse)},
+      pointer<void>(gate_logits), gate_stride, pointer<void>(nll), threads);
+}
+
+void cpu_mixture_log_prob_backward(int64_t log_prob, int64_t gate_logits, int64_t target,
+                                   int64_t grad, int64_t grad_log_prob, int64_t grad_gate_logits,
+                                   const MixtureSpec& spec, int threads) {
+  py::gil_scoped_release release;
+  robustgate::cpu::mixture_log_prob_backward(
+      {mixture(log_prob, gate_logits, target, 0, spec), pointer<void>(grad),
+       pointer<void>(grad_log_prob), pointer<void>(grad_gate_logits)},
+      threads);
+}
+
+#ifdef ROBUSTGATE_WITH_CUDA
+void cuda_expert_log_prob(const Integers& logits, int64_t target, int64_t log_prob, int64_t lse,
+                          const Spec& spec, int device, int64_t stream) {
+  const auto rows = logit_rows(logits);
+  const char* error = robustgate::cuda::expert_log_prob(
+      {logits_spec(spec, rows.size()), rows.data(), pointer<int64_t>(target),
+       pointer<void>(log_prob), pointer<double>(lse)},
+      device, pointer<void>(stream));
+  if (error) throw std::runtime_error(std::string("robustgate::expert_log_prob: ") + error);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Compiled kernels of robustgate. Private: use the functions of robustgate.ops.";
+  m.def("instruction_set", &robustgate::cpu::instruction_set);
+  m.def("cpu_expert_log_prob", &cpu_expert_log_prob);
+  m.def("cpu_expert_log_prob_backward", &cpu_expert_log_prob_backward);
+  m.def("cpu_mixture_nll", &cpu_mixture_nll);
+  m.def("cpu_mixture_log_prob", &cpu_mixture_log_prob);
+  m.def("cpu_mixture_log_prob_backward", &cpu_mixture_log_prob_backward);
+#ifdef ROBUSTGATE_WITH_CUDA
+  m.attr("cuda_version") = robustgate::cuda::compiled_version();
+  m.def("cuda_why_unusable", [](int device) -> std::optional<std::string> {
+    const char* reason = robustgate::cuda::why_unusable(device);
+    return reason ? std::optional<std::string>(reason) : std::nullopt;
+  });
+  m.def("cuda_expert_log_prob", &cuda_expert_log_prob);
+#else
+  m.attr("cuda_version") = py::none();
+#endif
+}

@@ -1,0 +1,21 @@
+// The kernels of one op over a range of rows, declared once per instruction set.
+#pragma once
+
+#include "ops.h"
+
+#define RG_DECLARE_KERNELS(isa)                                                                 \
+  namespace isa {                                                                               \
+  int64_t expert_log_prob(const ExpertLogProb& op, int64_t expert, int64_t begin, int64_t end); \
+  void expert_log_prob_backward(const ExpertLogProbBackward& op, int64_t expert, int64_t begin, \
+                                int64_t end);                                                   \
+  void mixture_log_prob(const MixtureLogProb& op, int64_t begin, int64_t end);                  \
+  void mixture_log_prob_backward(const MixtureLogProbBackward& op, int64_t begin, int64_t end); \
+  }
+
+namespace robustgate {
+RG_DECLARE_KERNELS(baseline)
+#ifdef ROBUSTGATE_X86_64
+RG_DECLARE_KERNELS(avx2)
+RG_DECLARE_KERNELS(avx512)
+#endif
+}  // namespace robustgate

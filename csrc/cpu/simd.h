@@ -1,0 +1,237 @@
+// Vectors of float for one instruction set, on GCC/Clang vector extensions.
+//
+// The same source is compiled once per instruction set (CMakeLists.txt) with RG_ISA naming the
+// namespace; everything here has that namespace, and nothing from the C++ standard library is used,
+// so that no inline function can be merged across instruction sets by the linker.
+//
+//   Vec        kLanes floats, one register
+//   exp2(t)    2^t; 0 for t = -inf, inf for t >= 128, NaN kept; relative error: see the two forms
+//   tanh(y)    relative error <= 3e-7
+//   Loader<T>  reads kLanes * kPerLoad elements of T as kPerLoad vectors (order inside is free,
+//              the same for Loader<T>::store)
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "common/dtype.h"
+
+namespace robustgate {
+namespace RG_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+
+inline Vec splat(float x) { return Vec{} + x; }
+
+template <typename V>
+inline V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename V>
+inline void store(void* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+
+// max(a, b) that returns b when either is NaN.
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline Vec abs(Vec a) { return (Vec)((VecU)a & 0x7fffffffu); }
+
+inline double sum_lanes(Vec v) {
+  double total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+inline float max_lanes(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// 2^t. Adding 1.5 * 2^s rounds t to a multiple of 2^(s - 23) and leaves its integer in the low bits.
+#if defined(__AVX512F__)
+// 2^t = 2^floor(t) * table[j] * P(t - floor(t) - j/16), j = floor(16 t) mod 16. P interpolates at both
+// ends of [0, 1/16], so the result is continuous and exact at t = 0; it errs by <= 6.6e-7 (degree 2,
+// mean 4e-9) or 4e-9 (degree 3), then rounding. reduce() and scalef() follow IEEE for infinities.
+template <int kDegree = 3>
+inline Vec exp2(Vec t) {
+  const Vec table = {1.0f,         1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
+                     1.29683959f,  1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                     1.68179286f,  1.75625217f, 1.8340081f,  1.91520655f};
+  constexpr int kSixteenths = 4 << 4, kFloor = 1, kQuiet = 8;
+  const __m512i index = (__m512i)_mm512_add_round_ps(
+      (__m512)t, (__m512)splat(786432.0f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)t, kSixteenths | kFloor | kQuiet);
+  Vec p;
+  if constexpr (kDegree == 2) {
+    p = f * 0.245496377f + 0.693036973f;
+  } else {
+    p = (f * 0.0567211546f + 0.240181178f) * f + 0.6931476f;
+  }
+  p = p * f + 1.0f;
+  const Vec power = (Vec)_mm512_permutexvar_ps(index, (__m512)table);
+  return (Vec)_mm512_scalef_ps((__m512)power, (__m512)t) * p;
+}
+#else
+// 2^t = 2^n P(t - n), n the nearest integer; the degree-6 minimax polynomial errs by <= 2e-8.
+template <int kDegree = 3>
+inline Vec exp2(Vec t) {
+  t = min(splat(128.0f), max(splat(-127.0f), t));
+  const Vec magic = splat(12582912.0f + 127.0f);  // 1.5 * 2^23 + exponent bias
+  const Vec shifted = t + magic;
+  const Vec f = t - (shifted - magic);
+  Vec p = f * 1.5353362e-4f + 1.3398874e-3f;
+  p = p * f + 9.6184370e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.9314720e-1f;
+  p = p * f + 1.0f;
+  return (Vec)((VecU)shifted << 23) * p;
+}
+#endif
+
+constexpr float kLog2E = 1.44269504088896340736f;
+
+// tanh y: an odd polynomial for |y| < 0.625 (Cephes tanhf), 1 - 2 / (e^(2|y|) + 1) beyond.
+inline Vec tanh(Vec y) {
+  const Vec a = min(splat(10.0f), abs(y));
+  const Vec y2 = y * y;
+  Vec p = y2 * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * y2 - 5.37397155531e-2f;
+  p = p * y2 + 1.33314422036e-1f;
+  p = p * y2 - 3.33332819422e-1f;
+  const Vec near = p * y2 * y + y;
+  const Vec far = 1.0f - 2.0f / (exp2(a * (2.0f * kLog2E)) + 1.0f);
+  const Vec signed_far = (Vec)((VecU)far | ((VecU)y & 0x80000000u));
+  const Vec result = a < 0.625f ? near : signed_far;
+  return y == y ? result : y;
+}
+
+template <DType>
+struct Loader;
+
+template <>
+struct Loader<DType::kFloat32> {
+  typedef float Element;
+  static constexpr int kPerLoad = 1;
+  static void load(const Element* p, Vec out[1]) { out[0] = RG_ISA::load<Vec>(p); }
+  static void store(Element* p, const Vec in[1]) { RG_ISA::store(p, in[0]); }
+  static float to_float(Element x) { return x; }
+  static Element from_float(float x) { return x; }
+  static constexpr Element kNegativeInfinity = -INFINITY;
+};
+
+// Two bfloat16 share a 32-bit word: even elements are its low half, odd ones its high half.
+template <>
+struct Loader<DType::kBFloat16> {
+  typedef uint16_t Element;
+  static constexpr int kPerLoad = 2;
+  static void load(const Element* p, Vec out[2]) {
+    const VecU words = RG_ISA::load<VecU>(p);
+    out[0] = (Vec)(words << 16);
+    out[1] = (Vec)(words & 0xffff0000u);
+  }
+  // Round to nearest even; NaN stays NaN.
+  static VecU round(Vec x) {
+    const VecU bits = (VecU)x;
+    const VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return x == x ? rounded : (bits | 0x00400000u);
+  }
+  static void store(Element* p, const Vec in[2]) {
+    RG_ISA::store(p, (round(in[0]) >> 16) | (round(in[1]) & 0xffff0000u));
+  }
+  static float to_float(Element x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    return RG_ISA::load<float>(&bits);
+  }
+  static Element from_float(float x) { return (Element)(round(splat(x))[0] >> 16); }
+  static constexpr Element kNegativeInfinity = 0xff80;
+};
+
+template <>
+struct Loader<DType::kFloat16> {
+  typedef uint16_t Element;
+  static constexpr int kPerLoad = 1;
+#if defined(__AVX512F__)
+  static Vec widen(__m256i h) { return (Vec)_mm512_cvtph_ps(h); }
+  static __m256i narrow(Vec v) { return _mm512_cvtps_ph((__m512)v, 0); }
+  static void load(const Element* p, Vec out[1]) { out[0] = widen(RG_ISA::load<__m256i>(p)); }
+  static void store(Element* p, const Vec in[1]) { RG_ISA::store(p, narrow(in[0])); }
+#elif defined(__F16C__)
+  static Vec widen(__m128i h) { return (Vec)_mm256_cvtph_ps(h); }
+  static __m128i narrow(Vec v) { return _mm256_cvtps_ph((__m256)v, 0); }
+  static void load(const Element* p, Vec out[1]) { out[0] = widen(RG_ISA::load<__m128i>(p)); }
+  static void store(Element* p, const Vec in[1]) { RG_ISA::store(p, narrow(in[0])); }
+#else
+  static void load(const Element* p, Vec out[1]) {
+    for (int i = 0; i < kLanes; ++i) out[0][i] = to_float(p[i]);
+  }
+  static void store(Element* p, const Vec in[1]) {
+    for (int i = 0; i < kLanes; ++i) p[i] = from_float(in[0][i]);
+  }
+#endif
+  // Shift the fields into place and rescale by 2^112; exponent 31 is infinity or NaN.
+  static float to_float(Element h) {
+    const uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
+    float x = RG_ISA::load<float>(&magnitude) * 5.192296858534828e33f;
+    uint32_t bits = RG_ISA::load<uint32_t>(&x);
+    if (magnitude >= 0x0f800000u) bits = 0x7f800000u | magnitude;
+    bits |= (uint32_t)(h & 0x8000) << 16;
+    return RG_ISA::load<float>(&bits);
+  }
+  // Round to nearest even: adding a power of two aligned with the last kept bit does the rounding.
+  static Element from_float(float x) {
+    uint32_t bits = RG_ISA::load<uint32_t>(&x);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return (Element)(sign | 0x7e00u);
+    if (bits >= 0x477ff000u) return (Element)(sign | 0x7c00u);
+    if (bits < 0x38800000u) {  // subnormal half: count units of 2^-24
+      const float shifted = RG_ISA::load<float>(&bits) + 0.5f;
+      return (Element)(sign | (RG_ISA::load<uint32_t>(&shifted) - 0x3f000000u));
+    }
+    bits += 0xc8000fffu + ((bits >> 13) & 1u);  // rebias by -112, round half to even
+    return (Element)(sign | (bits >> 13));
+  }
+  static constexpr Element kNegativeInfinity = 0xfc00;
+};
+
+}  // namespace RG_ISA
+}  // namespace robustgate

@@ -1,0 +1,117 @@
+#include "cpu/thread_pool.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace robustgate {
+namespace {
+
+struct Job {
+  ChunkFunction function;
+  void* context;
+  int64_t chunks;
+  int seats;                      // workers still welcome
+  std::atomic<int64_t> next{0};   // first chunk nobody has taken
+
+  void run() {
+    for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+      function(context, c);
+    }
+  }
+};
+
+class Pool {
+ public:
+  void run(Job& job, int workers) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (; started_ < workers; ++started_) {
+        try {
+          std::thread(&Pool::work, this).detach();
+        } catch (const std::system_error&) {
+          break;  // no more threads to be had: the caller does their share
+        }
+      }
+      job_ = &job;
+    }
+    wake_.notify_all();
+    job.run();
+    // Close the job, then wait only for workers that hold a chunk of it.
+    std::unique_lock<std::mutex> lock(mutex_);
+    job_ = nullptr;
+    idle_.wait(lock, [&] { return active_ == 0; });
+  }
+
+  std::mutex busy;  // one job at a time
+
+ private:
+  void work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return job_ != nullptr && job_->seats > 0; });
+      Job& job = *job_;
+      --job.seats;
+      ++active_;
+      lock.unlock();
+      job.run();
+      lock.lock();
+      if (--active_ == 0) idle_.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, idle_;
+  Job* job_ = nullptr;
+  int active_ = 0;
+  int started_ = 0;
+};
+
+std::atomic<Pool*> g_pool{nullptr};
+
+// Never destroyed: detached workers may outlive static destructors. A forked child has none of the
+// parent's threads, so it drops the pointer and starts afresh.
+Pool& pool() {
+  static const bool registered = [] {
+    pthread_atfork(nullptr, nullptr, [] { g_pool.store(nullptr); });
+    return true;
+  }();
+  (void)registered;
+  Pool* current = g_pool.load();
+  if (current == nullptr) {
+    Pool* fresh = new Pool;
+    if (g_pool.compare_exchange_strong(current, fresh)) {
+      current = fresh;
+    } else {
+      delete fresh;
+    }
+  }
+  return *current;
+}
+
+thread_local bool t_inside = false;
+
+}  // namespace
+
+void parallel_for(int64_t chunks, int threads, ChunkFunction function, void* context) {
+  Job job{function, context, chunks, static_cast<int>(threads < chunks ? threads : chunks) - 1};
+  if (job.seats <= 0 || t_inside) {
+    job.run();
+    return;
+  }
+  Pool& shared = pool();
+  std::unique_lock<std::mutex> lock(shared.busy, std::try_to_lock);
+  if (!lock.owns_lock()) {
+    job.run();
+    return;
+  }
+  t_inside = true;
+  shared.run(job, job.seats);
+  t_inside = false;
+}
+
+}  // namespace robustgate

@@ -1,0 +1,187 @@
+"""Native CPU kernels: vectorised for the processor at hand, on torch's number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustgate.ops.backends import native
+from robustgate.ops.expert_log_prob import raise_target_out_of_range
+from robustgate.ops.library import register_kernel
+from robustgate.ops.reference import statistics_dtype
+
+if native.import_error is None:
+    from robustgate import _C
+
+
+def expert_log_prob(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    target = target.contiguous()
+    shape = (*target.shape, len(logits))
+    log_prob = torch.empty(shape, dtype=statistics_dtype(logits[0].dtype))
+    lse = torch.empty(shape, dtype=torch.float64)
+    rows, _kept = native.address_rows(logits)
+    bad_row = _C.cpu_expert_log_prob(
+        rows,
+        target.data_ptr(),
+        log_prob.data_ptr(),
+        lse.data_ptr(),
+        native.logits_spec(
+            logits[0], target.numel(), vocab_size, ignore_index, temperature, softcap
+        ),
+        torch.get_num_threads(),
+    )
+    if bad_row >= 0:
+        raise_target_out_of_range(target, bad_row, vocab_size)
+    return log_prob, lse
+
+
+def expert_log_prob_backward(
+    grad: Tensor,
+    logits: Sequence[Tensor],
+    target: Tensor,
+    lse: Tensor,
+    needs_grad: Sequence[bool],
+    *settings: Any,
+) -> list[Tensor]:
+    target, grad, lse = target.contiguous(), grad.contiguous(), lse.contiguous()
+    grads: list[Tensor] = []
+    grad_rows: list[int] = []
+    for z, needed in zip(logits, needs_grad, strict=True):
+        if needed:
+            grads.append(torch.empty(z.shape, dtype=z.dtype))
+            view = grads[-1] if z.dim() <= 3 else grads[-1].flatten(0, -3)
+            grad_rows += native.address_rows([view])[0]
+        else:
+            grad_rows += (0, 0, 0)
+    rows, _kept = native.address_rows(logits)
+    _C.cpu_expert_log_prob_backward(
+        rows,
+        target.data_ptr(),
+        lse.data_ptr(),
+        grad.data_ptr(),
+        grad_rows,
+        [z.shape[-1] for z in logits],
+        native.logits_spec(logits[0], target.numel(), *settings),
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def mixture_log_prob(log_prob: Tensor, gate_logits: Tensor) -> Tensor:
+    log_prob, gate_logits = log_prob.contiguous(), gate_logits.contiguous()
+    out = torch.empty(log_prob.shape[:-1], dtype=log_prob.dtype)
+    _C.cpu_mixture_log_prob(
+        log_prob.data_ptr(),
+        gate_logits.data_ptr(),
+        0,
+        out.data_ptr(),
+        _mixture_spec(log_prob, gate_logits, 1.0, 0),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def mixture_log_prob_backward(
+    grad: Tensor, log_prob: Tensor, gate_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _mixture_backward(grad, log_prob, gate_logits, None, 1.0, 0)
+
+
+def mixture_nll(
+    logits: Sequence[Tensor],
+    gate_logits: Tensor,
+    target: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    target, gate_logits = target.contiguous(), gate_logits.contiguous()
+    shape = (*target.shape, len(logits))
+    log_prob = torch.empty(shape, dtype=gate_logits.dtype)
+    lse = torch.empty(shape, dtype=torch.float64)
+    nll = torch.empty(target.shape, dtype=gate_logits.dtype)
+    rows, _kept = native.address_rows(logits)
+    bad_row = _C.cpu_mixture_nll(
+        rows,
+        gate_logits.data_ptr(),
+        shape[-1] if gate_logits.dim() == len(shape) else 0,
+        target.data_ptr(),
+        nll.data_ptr(),
+        log_prob.data_ptr(),
+        lse.data_ptr(),
+        native.logits_spec(
+            logits[0], target.numel(), vocab_size, ignore_index, temperature, softcap
+        ),
+        torch.get_num_threads(),
+    )
+    if bad_row >= 0:
+        raise_target_out_of_range(target, bad_row, vocab_size)
+    return nll, log_prob, lse
+
+
+def mixture_nll_backward(
+    grad: Tensor,
+    log_prob: Tensor,
+    gate_logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    return _mixture_backward(
+        grad, log_prob, gate_logits, target.contiguous(), -1.0, ignore_index
+    )
+
+
+def _mixture_spec(
+    log_prob: Tensor, gate_logits: Tensor, sign: float, ignore_index: int
+) -> tuple[int, int, int, int, float, int]:
+    experts = log_prob.shape[-1]
+    gate_stride = experts if gate_logits.dim() == log_prob.dim() else 0
+    code = native.dtype_code(log_prob)
+    return (log_prob.numel() // experts, experts, gate_stride, ignore_index, sign, code)
+
+
+def _mixture_backward(
+    grad: Tensor,
+    log_prob: Tensor,
+    gate_logits: Tensor,
+    target: Tensor | None,
+    sign: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    log_prob, gate_logits = log_prob.contiguous(), gate_logits.contiguous()
+    grad = grad.contiguous()
+    grad_log_prob, grad_gate = torch.empty_like(log_prob), torch.empty_like(log_prob)
+    _C.cpu_mixture_log_prob_backward(
+        log_prob.data_ptr(),
+        gate_logits.data_ptr(),
+        0 if target is None else target.data_ptr(),
+        grad.data_ptr(),
+        grad_log_prob.data_ptr(),
+        grad_gate.data_ptr(),
+        _mixture_spec(log_prob, gate_logits, sign, ignore_index),
+        torch.get_num_threads(),
+    )
+    return grad_log_prob, grad_gate
+
+
+if native.import_error is None:
+    for _kernel in (
+        expert_log_prob,
+        expert_log_prob_backward,
+        mixture_log_prob,
+        mixture_log_prob_backward,
+        mixture_nll,
+        mixture_nll_backward,
+    ):
+        register_kernel(_kernel.__name__, "cpu", "native", _kernel)

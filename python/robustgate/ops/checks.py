@@ -1,0 +1,153 @@
+"""Argument checks shared by the public ops: one gate before every pointer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+LogitsArgument = Tensor | Sequence[Tensor]
+
+
+def refuse_transforms(op: str) -> None:
+    """Raise inside ``torch.func`` transforms: an opaque kernel would be differentiated wrongly."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"robustgate.{op} does not support torch.func transforms (grad, vmap, jvp, ...); "
+            "use torch.autograd, or pass a leading batch dimension instead of vmap"
+        )
+
+
+def unpack_logits(
+    op: str, logits: LogitsArgument, vocab_size: int | None
+) -> tuple[list[Tensor], int, bool]:
+    """Return the K logit tensors, the shared vocabulary size, and whether any requires grad."""
+    if isinstance(logits, Tensor):
+        if logits.dim() < 2:
+            raise ValueError(
+                f"{op}: logits as one tensor must be [K, ..., V], got shape {list(logits.shape)}"
+            )
+        experts = list(logits.unbind(0))
+    else:
+        experts = list(logits)
+    if not experts:
+        raise ValueError(f"{op}: logits must hold at least one expert, got none")
+    first = experts[0]
+    _check_expert(op, 0, first)
+    dtype, device, shape = first.dtype, first.device, first.shape
+    requires_grad = first.requires_grad
+    equal_widths, narrowest = True, shape[-1]
+    for k in range(1, len(experts)):
+        expert = experts[k]
+        _check_expert(op, k, expert)
+        if expert.dtype is not dtype:
+            raise TypeError(
+                f"{op}: logits must share one dtype, got {dtype} and {expert.dtype} (logits[{k}])"
+            )
+        if expert.device != device:
+            raise ValueError(
+                f"{op}: logits must be on one device, got {device} and {expert.device} "
+                f"(logits[{k}])"
+            )
+        if expert.shape != shape:
+            if expert.shape[:-1] != shape[:-1]:
+                raise ValueError(
+                    f"{op}: logits must share their leading shape, got {list(shape[:-1])} and "
+                    f"{list(expert.shape[:-1])} (logits[{k}])"
+                )
+            equal_widths, narrowest = False, min(narrowest, expert.shape[-1])
+        requires_grad = requires_grad or expert.requires_grad
+    if vocab_size is None:
+        if not equal_widths or narrowest < 1:
+            raise ValueError(
+                f"{op}: experts have widths {[z.shape[-1] for z in experts]}; pass vocab_size, the "
+                "number of shared columns, at least 1"
+            )
+        vocab_size = narrowest
+    elif not 1 <= vocab_size <= narrowest:
+        raise ValueError(
+            f"{op}: vocab_size must be between 1 and the smallest width {narrowest}, "
+            f"got {vocab_size}"
+        )
+    return experts, vocab_size, requires_grad
+
+
+def _check_expert(op: str, k: int, expert: Tensor) -> None:
+    if not isinstance(expert, Tensor):
+        raise TypeError(f"{op}: logits[{k}] must be a tensor, got {type(expert).__name__}")
+    if expert.dtype not in _FLOATING or expert.layout is not torch.strided:
+        raise TypeError(
+            f"{op}: logits[{k}] must be a dense float32, bfloat16, float16 or float64 tensor, "
+            f"got {expert.dtype} ({expert.layout})"
+        )
+    if expert.dim() < 1:
+        raise ValueError(f"{op}: logits[{k}] must be [..., V], got a scalar")
+
+
+def check_target(op: str, target: Tensor, experts: list[Tensor]) -> Tensor:
+    """Return the target as int64 [...], the leading shape of the logits."""
+    if not isinstance(target, Tensor) or target.dtype not in _INTEGER:
+        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"{op}: target must be an integer tensor, got {got}")
+    leading = experts[0].shape[:-1]
+    if target.shape != leading:
+        raise ValueError(
+            f"{op}: target must have the logits' leading shape {list(leading)}, "
+            f"got {list(target.shape)}"
+        )
+    if target.device != experts[0].device:
+        raise ValueError(
+            f"{op}: target is on {target.device}, logits are on {experts[0].device}"
+        )
+    return target if target.dtype == torch.int64 else target.long()
+
+
+def check_gate(op: str, gate_logits: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return gate logits [K] or ``shape`` = [..., K] in the dtype of the statistics of ``like``."""
+    if not isinstance(gate_logits, Tensor) or gate_logits.dtype not in _FLOATING:
+        got = gate_logits.dtype if isinstance(gate_logits, Tensor) else type(gate_logits).__name__
+        raise TypeError(f"{op}: gate_logits must be a floating-point tensor, got {got}")
+    if gate_logits.device != like.device:
+        raise ValueError(
+            f"{op}: gate_logits are on {gate_logits.device}, log-probs on {like.device}"
+        )
+    if gate_logits.shape != tuple(shape) and gate_logits.shape != tuple(shape[-1:]):
+        raise ValueError(
+            f"{op}: gate_logits must be {list(shape[-1:])} or {list(shape)}, "
+            f"got {list(gate_logits.shape)}"
+        )
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return gate_logits if gate_logits.dtype == dtype else gate_logits.to(dtype)
+
+
+def check_transform(op: str, temperature: float, softcap: float | None) -> None:
+    """Check the scalars of ``z' = softcap * tanh(z / softcap) / temperature``."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
+
+
+def reduce(
+    op: str,
+    values: Tensor,  # [...]
+    target: Tensor,  # [...]
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """Apply ``"none"``, ``"sum"`` or ``"mean"`` (over rows that count; 0 if there are none)."""
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    if reduction == "mean":
+        count = (target != ignore_index).sum().clamp_min(1)
+        return values.sum() / count
+    raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")

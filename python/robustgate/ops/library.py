@@ -1,0 +1,114 @@
+"""Schemas of the raw ops, and the table that says which backend serves which op on which device.
+
+``torch.ops.robustgate.*`` is private: functional schemas without autograd, on checked arguments.
+The public functions (``robustgate.ops.*``) validate, differentiate and document. torch's dispatcher
+picks the device; within a device the backend is picked here, at run time, so that
+:func:`backend` also acts on compiled graphs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "eager", "native", "triton")
+
+_library = torch.library.Library("robustgate", "DEF")  # noqa: TOR901
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+Kernel = Callable[..., Any]
+
+# (op, device type) -> backend name -> kernel, in the order in which "auto" prefers them.
+_kernels: dict[tuple[str, str], dict[str, Kernel]] = {}
+_defaults: dict[str, Kernel] = {}
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_requested = _check_backend(os.environ.get("ROBUSTGATE_BACKEND") or "auto", "ROBUSTGATE_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops inside the block on one backend.
+
+    Args:
+        name: ``"auto"`` (the fastest that serves the device), ``"eager"`` (plain torch),
+            ``"native"`` (compiled C++ or CUDA) or ``"triton"``. The environment variable
+            ``ROBUSTGATE_BACKEND`` sets the choice outside any block.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: (from the op) the backend has no kernel for the op on that device.
+
+    The choice belongs to the process, like :func:`torch.set_num_threads`, because a backward pass
+    may run on another thread. ``robustgate env`` shows what serves what.
+
+    Example:
+        >>> import robustgate as rg, torch
+        >>> with rg.backend("eager"):
+        ...     rg.mixture_log_prob(torch.zeros(2), torch.zeros(2))
+        tensor(0.)
+    """
+    global _requested
+    previous, _requested = _requested, _check_backend(name, "backend name")
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def requested_backend() -> str:
+    """Return the backend asked for by :func:`backend` or ``ROBUSTGATE_BACKEND``."""
+    return _requested
+
+
+def define(schema: str, fake: Kernel, eager: Kernel) -> Kernel:
+    """Declare a raw op with its fake kernel (shapes only) and its eager kernel (every device).
+
+    Returns the op, ``torch.ops.robustgate.<name>.default``.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    torch.library.register_fake(f"robustgate::{name}", fake, lib=_library)
+    _library.impl(name, eager, "CompositeExplicitAutograd")
+    _defaults[name] = eager
+    op: Kernel = getattr(torch.ops.robustgate, name).default
+    return op
+
+
+def register_kernel(name: str, device_type: str, backend_name: str, kernel: Kernel) -> None:
+    """Register a kernel of a raw op for one device type; earlier registrations are preferred."""
+    table = _kernels.get((name, device_type))
+    if table is not None:
+        table[backend_name] = kernel
+        return
+    table = _kernels[name, device_type] = {backend_name: kernel}
+    eager = _defaults[name]
+
+    def run(*args: Any) -> Any:
+        if _requested == "auto":
+            return next(iter(table.values()))(*args)
+        if _requested == "eager":
+            return eager(*args)
+        if _requested in table:
+            return table[_requested](*args)
+        raise RuntimeError(
+            f"robustgate.{name}: backend {_requested!r} has no kernel for {device_type} tensors "
+            f"(available: {', '.join([*table, 'eager'])})"
+        )
+
+    _library.impl(name, run, _DISPATCH_KEYS[device_type])
+
+
+def serving(device_type: str) -> dict[str, list[str]]:
+    """Return, for each raw op, the backends that serve a device type, the preferred one first."""
+    return {name: [*_kernels.get((name, device_type), {}), "eager"] for name in _defaults}

@@ -1,0 +1,38 @@
+"""The kernels' tests once more for each instruction set this processor has."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from robustgate import _C
+
+HERE = Path(__file__).parent
+LESSER = {"avx512": ["avx2", "baseline"], "avx2": ["baseline"], "baseline": []}
+
+
+def run(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "ROBUSTGATE_CPU": instruction_set},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("instruction_set", ["avx2", "baseline"])
+def test_kernels(instruction_set):
+    if instruction_set not in LESSER[_C.instruction_set()]:
+        pytest.skip(f"the suite itself runs on {_C.instruction_set()}")
+    tests = [str(HERE / name) for name in ("test_kernels.py", "test_numerics.py")]
+    result = run(instruction_set, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native", *tests)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+def test_unknown_instruction_set_is_refused():
+    result = run("avx1024", "-c", "import robustgate")
+    assert result.returncode != 0
+    assert "ROBUSTGATE_CPU='avx1024' cannot be served" in result.stderr
