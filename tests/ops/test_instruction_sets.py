@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from robustgate import _C
 
 HERE = Path(__file__).parent
@@ -28,7 +27,9 @@ def test_kernels(instruction_set):
     if instruction_set not in LESSER[_C.instruction_set()]:
         pytest.skip(f"the suite itself runs on {_C.instruction_set()}")
     tests = [str(HERE / name) for name in ("test_kernels.py", "test_numerics.py")]
-    result = run(instruction_set, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native", *tests)
+    result = run(
+        instruction_set, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native", *tests
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 
 

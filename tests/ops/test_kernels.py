@@ -7,11 +7,17 @@ GRADIENT_TOLERANCE for the float32 arithmetic before. float64 is held to 1e-12.
 """
 
 import pytest
-import torch
-from op_cases import BACKENDS, DTYPES, make, relative_error, rounding, true_expert_log_prob
-from op_cases import true_mixture_nll
-
 import robustgate as rg
+import torch
+from op_cases import (
+    BACKENDS,
+    DTYPES,
+    make,
+    relative_error,
+    rounding,
+    true_expert_log_prob,
+    true_mixture_nll,
+)
 
 VALUE_TOLERANCE = 8e-6
 GRADIENT_TOLERANCE = 2e-6
@@ -233,15 +239,18 @@ def test_mixture_log_prob(dtype, rows, experts, shared_gate):
     got = rg.mixture_log_prob(log_prob, gate)
     upstream = torch.randn(rows, dtype=dtype)
     got.backward(upstream)
-    l, a = log_prob.detach().double().requires_grad_(), gate.detach().double().requires_grad_()
-    want = torch.logsumexp(torch.log_softmax(a, -1) + l, -1)
+    exact = log_prob.detach().double().requires_grad_()
+    exact_gate = gate.detach().double().requires_grad_()
+    want = torch.logsumexp(torch.log_softmax(exact_gate, -1) + exact, -1)
     want.backward(upstream.double())
     # float32: an ulp at 100 nats is 7.6e-6, and the weights come from differences of such values.
     atol, grad_atol = (1e-12, 1e-12) if dtype == torch.float64 else (1.6e-5, 4e-5)
     torch.testing.assert_close(got.double(), want, atol=atol, rtol=0)
-    torch.testing.assert_close(log_prob.grad.double(), l.grad, atol=grad_atol, rtol=1e-4)
+    torch.testing.assert_close(log_prob.grad.double(), exact.grad, atol=grad_atol, rtol=1e-4)
     scale = rows**0.5 if shared_gate else 1  # a shared gate sums the rows' errors
-    torch.testing.assert_close(gate.grad.double(), a.grad, atol=grad_atol * scale, rtol=1e-4)
+    torch.testing.assert_close(
+        gate.grad.double(), exact_gate.grad, atol=grad_atol * scale, rtol=1e-4
+    )
 
 
 def test_gate_of_another_dtype_receives_its_gradient():

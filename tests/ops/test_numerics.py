@@ -3,10 +3,9 @@
 import math
 
 import pytest
+import robustgate as rg
 import torch
 from op_cases import BACKENDS, make, relative_error, true_expert_log_prob, true_mixture_nll
-
-import robustgate as rg
 
 INF = float("inf")
 
@@ -39,7 +38,9 @@ def test_target_excluded_by_one_expert():
     case.logits[0][:, 3] = -INF
     case = case.clone(requires_grad=True)
     nll = rg.mixture_nll(case.logits, case.gate, case.target, reduction="none")
-    other = rg.expert_log_prob(case.logits, case.target)[:, 1] + torch.log_softmax(case.gate, -1)[:, 1]
+    other = (
+        rg.expert_log_prob(case.logits, case.target)[:, 1] + torch.log_softmax(case.gate, -1)[:, 1]
+    )
     torch.testing.assert_close(nll, -other, atol=2e-6, rtol=0)
     nll.sum().backward()
     assert (case.logits[0].grad == 0).all()
@@ -68,9 +69,7 @@ def test_gate_weight_of_exactly_zero():
     case.gate[:, 1] = -INF
     case = case.clone(requires_grad=True)
     nll = rg.mixture_nll(case.logits, case.gate, case.target, reduction="none")
-    pair = rg.mixture_nll(
-        case.logits[::2], case.gate[:, ::2], case.target, reduction="none"
-    )
+    pair = rg.mixture_nll(case.logits[::2], case.gate[:, ::2], case.target, reduction="none")
     torch.testing.assert_close(nll, pair, atol=2e-6, rtol=0)
     nll.sum().backward()
     assert (case.gate.grad[:, 1] == 0).all()
@@ -123,8 +122,8 @@ def test_large_logits(dtype, offset):
 def test_near_equal_experts(dtype, distance):
     """Gate gradients are differences of nearly equal values: still right to 0.2 %.
 
-    The log-probs of two experts that differ by d in total variation differ by about d, each known to
-    1e-6; so the bound is absolute, 1e-6, where d is of that size.
+    Log-probs of experts at total variation d differ by about d, and each is known to 1e-6; where d
+    is of that size the bound is absolute, 1e-6.
     """
     base = torch.randn(16, 3000)
     second = base + distance * torch.randn(16, 3000)
@@ -152,7 +151,9 @@ def test_saturated_rows(gap):
     assert (log_prob <= 0).all()
     log_prob.sum().backward()
     one_minus_p = 99 / (99 + torch.exp(z.detach()[:, 7] - z.detach()[:, 0]).double())
-    torch.testing.assert_close(log_prob[:, 0].double(), torch.log1p(-one_minus_p), atol=1.2e-7, rtol=1e-5)
+    torch.testing.assert_close(
+        log_prob[:, 0].double(), torch.log1p(-one_minus_p), atol=1.2e-7, rtol=1e-5
+    )
     torch.testing.assert_close(z.grad[:, 7].double(), one_minus_p, atol=1.2e-7, rtol=1e-5)
 
 

@@ -103,9 +103,7 @@ def check_target(op: str, target: Tensor, experts: list[Tensor]) -> Tensor:
             f"got {list(target.shape)}"
         )
     if target.device != experts[0].device:
-        raise ValueError(
-            f"{op}: target is on {target.device}, logits are on {experts[0].device}"
-        )
+        raise ValueError(f"{op}: target is on {target.device}, logits are on {experts[0].device}")
     return target if target.dtype == torch.int64 else target.long()
 
 
@@ -129,9 +127,9 @@ def check_gate(op: str, gate_logits: Tensor, shape: Sequence[int], like: Tensor)
 
 def check_transform(op: str, temperature: float, softcap: float | None) -> None:
     """Check the scalars of ``z' = softcap * tanh(z / softcap) / temperature``."""
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
 
 

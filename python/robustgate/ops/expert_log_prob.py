@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,9 +61,7 @@ def _eager(
 ) -> tuple[Tensor, Tensor]:
     if target.device.type == "cpu":
         check_target_range(target, vocab_size, ignore_index)
-    return reference.expert_log_prob(
-        logits, target, vocab_size, ignore_index, temperature, softcap
-    )
+    return reference.expert_log_prob(logits, target, vocab_size, ignore_index, temperature, softcap)
 
 
 def _eager_backward(
@@ -103,9 +101,7 @@ def logits_gradients(
     if not any(needs_grad):
         return [None] * len(needs_grad)
     grads = iter(
-        _expert_log_prob_backward(
-            grad, list(logits), target, lse, list(needs_grad), *settings
-        )
+        _expert_log_prob_backward(grad, list(logits), target, lse, list(needs_grad), *settings)
     )
     return [next(grads) if needed else None for needed in needs_grad]
 
@@ -113,6 +109,7 @@ def logits_gradients(
 class _ExpertLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, target: Tensor, settings: tuple[Any, ...], *logits: Tensor) -> Tensor:
+        log_prob: Tensor
         log_prob, lse = _expert_log_prob(list(logits), target, *settings)
         ctx.save_for_backward(target, lse, *logits)
         ctx.settings = settings
@@ -128,6 +125,9 @@ class _ExpertLogProb(torch.autograd.Function):
             None,
             *logits_gradients(grad.contiguous(), logits, target, lse, needs_grad, ctx.settings),
         )
+
+
+_apply: Callable[..., Tensor] = _ExpertLogProb.apply
 
 
 def expert_log_prob(
@@ -182,7 +182,7 @@ def expert_log_prob(
     checks.check_transform(op, temperature, softcap)
     settings = (vocab_size, ignore_index, temperature, softcap)
     if requires_grad and torch.is_grad_enabled():
-        out: Tensor = _ExpertLogProb.apply(target, settings, *experts)
+        out = _apply(target, settings, *experts)
     else:
         out = _expert_log_prob(experts, target, *settings)[0]
     return out

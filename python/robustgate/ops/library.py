@@ -17,7 +17,7 @@ import torch
 
 BACKENDS = ("auto", "eager", "native", "triton")
 
-_library = torch.library.Library("robustgate", "DEF")  # noqa: TOR901
+_library = torch.library.Library("robustgate", "DEF")
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 Kernel = Callable[..., Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +17,7 @@ def _fake(log_prob: Tensor, gate_logits: Tensor) -> Tensor:
     return log_prob.new_empty(log_prob.shape[:-1])
 
 
-def _fake_backward(
-    grad: Tensor, log_prob: Tensor, gate_logits: Tensor
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, log_prob: Tensor, gate_logits: Tensor) -> tuple[Tensor, Tensor]:
     return log_prob.new_empty(log_prob.shape), log_prob.new_empty(log_prob.shape)
 
 
@@ -59,6 +58,9 @@ class _MixtureLogProb(torch.autograd.Function):
             grad_log_prob if needs_log_prob else None,
             gate_gradient(grad_gate, gate_logits) if needs_gate else None,
         )
+
+
+_apply: Callable[..., Tensor] = _MixtureLogProb.apply
 
 
 def mixture_log_prob(
@@ -103,7 +105,7 @@ def mixture_log_prob(
     gate = checks.check_gate(op, gate_logits, expert_log_prob.shape, expert_log_prob)
     log_prob = expert_log_prob.to(gate.dtype)
     if torch.is_grad_enabled() and (log_prob.requires_grad or gate.requires_grad):
-        out: Tensor = _MixtureLogProb.apply(log_prob, gate)
+        out = _apply(log_prob, gate)
     else:
         out = _mixture_log_prob(log_prob, gate)
     return out

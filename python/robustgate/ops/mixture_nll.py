@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,9 +96,7 @@ class _MixtureNLL(torch.autograd.Function):
         ctx: Any, gate_logits: Tensor, target: Tensor, settings: tuple[Any, ...], *logits: Tensor
     ) -> Tensor:
         nll: Tensor
-        nll, log_prob, lse = _mixture_nll(
-            list(logits), gate_logits, target, *settings
-        )
+        nll, log_prob, lse = _mixture_nll(list(logits), gate_logits, target, *settings)
         # Frozen experts: the [N, K] values are all the backward pass needs.
         kept = (lse, *logits) if any(ctx.needs_input_grad[3:]) else ()
         ctx.save_for_backward(gate_logits, target, log_prob, *kept)
@@ -125,6 +123,9 @@ class _MixtureNLL(torch.autograd.Function):
             None,
             *grad_logits,
         )
+
+
+_apply: Callable[..., Tensor] = _MixtureNLL.apply
 
 
 def mixture_nll(
@@ -190,7 +191,7 @@ def mixture_nll(
     checks.check_transform(op, temperature, softcap)
     settings = (vocab_size, ignore_index, temperature, softcap)
     if (requires_grad or gate.requires_grad) and torch.is_grad_enabled():
-        nll: Tensor = _MixtureNLL.apply(gate, target, settings, *experts)
+        nll = _apply(gate, target, settings, *experts)
     else:
         nll = _mixture_nll(experts, gate, target, *settings)[0]
     return checks.reduce(op, nll, target, ignore_index, reduction)

@@ -34,7 +34,9 @@ def effective_logits(
     return z if temperature == 1.0 else z / temperature
 
 
-def _safe_index(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _safe_index(
+    target: Tensor, vocab_size: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return a target that indexes safely, the ignored rows, and the rows out of range."""
     ignored = target == ignore_index
     outside = ((target < 0) | (target >= vocab_size)) & ~ignored

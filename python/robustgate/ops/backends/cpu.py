@@ -137,9 +137,7 @@ def mixture_nll_backward(
     target: Tensor,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    return _mixture_backward(
-        grad, log_prob, gate_logits, target.contiguous(), -1.0, ignore_index
-    )
+    return _mixture_backward(grad, log_prob, gate_logits, target.contiguous(), -1.0, ignore_index)
 
 
 def _mixture_spec(

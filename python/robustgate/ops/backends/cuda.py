@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ if native.import_error is None:
     from robustgate import _C
 
 
-@lru_cache(maxsize=None)
+@cache
 def why_unusable(device: int = 0) -> str | None:
     """Return why the CUDA kernels cannot run on a device, or None if they can."""
     if native.import_error is not None:
@@ -66,9 +66,7 @@ def mixture_nll(
     temperature: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    log_prob, lse = expert_log_prob(
-        logits, target, vocab_size, ignore_index, temperature, softcap
-    )
+    log_prob, lse = expert_log_prob(logits, target, vocab_size, ignore_index, temperature, softcap)
     return from_log_prob(log_prob, gate_logits, target, ignore_index), log_prob, lse
 
 

@@ -1,0 +1,67 @@
+"""Compiled kernels. Private: tensors arrive as addresses, checked by robustgate.ops.backends."""
+
+from collections.abc import Sequence
+
+# (data pointer, outer stride, inner stride) of each expert, flat; null: gradient not asked for.
+_Rows = Sequence[int]
+# (rows, inner_rows, vocab, ignore_index, temperature, softcap or 0, dtype code)
+_Spec = tuple[int, int, int, int, float, float, int]
+# (rows, experts, gate_stride, ignore_index, sign, dtype code)
+_MixtureSpec = tuple[int, int, int, int, float, int]
+
+cuda_version: int | None
+
+def instruction_set() -> str: ...
+
+# The two below return the first row whose target is out of range, or -1.
+def cpu_expert_log_prob(
+    logits: _Rows, target: int, log_prob: int, lse: int, spec: _Spec, threads: int, /
+) -> int: ...
+def cpu_mixture_nll(
+    logits: _Rows,
+    gate_logits: int,
+    gate_stride: int,
+    target: int,
+    nll: int,
+    log_prob: int,
+    lse: int,
+    spec: _Spec,
+    threads: int,
+    /,
+) -> int: ...
+def cpu_expert_log_prob_backward(
+    logits: _Rows,
+    target: int,
+    lse: int,
+    grad: int,
+    grad_logits: _Rows,
+    padded_vocab: Sequence[int],
+    spec: _Spec,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_mixture_log_prob(
+    log_prob: int, gate_logits: int, target: int, out: int, spec: _MixtureSpec, threads: int, /
+) -> None: ...
+def cpu_mixture_log_prob_backward(
+    log_prob: int,
+    gate_logits: int,
+    target: int,
+    grad: int,
+    grad_log_prob: int,
+    grad_gate_logits: int,
+    spec: _MixtureSpec,
+    threads: int,
+    /,
+) -> None: ...
+def cuda_why_unusable(device: int, /) -> str | None: ...
+def cuda_expert_log_prob(
+    logits: _Rows,
+    target: int,
+    log_prob: int,
+    lse: int,
+    spec: _Spec,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
