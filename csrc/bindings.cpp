@@ -1,7 +1,8 @@
 // Python entry points: integers in (data pointers, sizes, strides in elements, codes), nothing of
 // torch. The caller (robustgate/ops/backends) has checked dtypes, shapes, devices and strides.
 //
-// Logits travel as one flat list of 3 integers per expert: data pointer, outer and inner row stride.
+// Logits travel as one flat list of 3 integers per expert: data pointer, outer and inner row
+// stride.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -53,9 +54,9 @@ int64_t cpu_expert_log_prob(const Integers& logits, int64_t target, int64_t log_
       threads);
 }
 
-void cpu_expert_log_prob_backward(const Integers& logits, int64_t target, int64_t lse,
-                                  int64_t grad, const Integers& grad_logits,
-                                  const Integers& padded_vocab, const Spec& spec, int threads) {
+void cpu_expert_log_prob_backward(const Integers& logits, int64_t target, int64_t lse, int64_t grad,
+                                  const Integers& grad_logits, const Integers& padded_vocab,
+                                  const Spec& spec, int threads) {
   const auto rows = logit_rows(logits);
   const auto grad_rows = logit_rows(grad_logits);
   py::gil_scoped_release release;

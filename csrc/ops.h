@@ -19,7 +19,8 @@ struct LogitRows {
   int64_t inner_stride;
 };
 
-// What every op over logits shares. Effective logits: z' = softcap * tanh(z / softcap) / temperature.
+// What every op over logits shares. Effective logits: z' = softcap * tanh(z / softcap) /
+// temperature.
 struct LogitsSpec {
   int64_t rows;        // N
   int64_t inner_rows;  // rows per outer stride, divides N
@@ -45,12 +46,12 @@ struct ExpertLogProb {
 // Padding columns (up to padded_vocab[k]) receive 0.
 struct ExpertLogProbBackward {
   LogitsSpec spec;
-  const LogitRows* logits;      // [K]
-  const int64_t* target;        // [N]
-  const double* lse;            // [N, K]
-  const void* grad;             // [N, K]
+  const LogitRows* logits;       // [K]
+  const int64_t* target;         // [N]
+  const double* lse;             // [N, K]
+  const void* grad;              // [N, K]
   const LogitRows* grad_logits;  // [K]  out; data == null: not asked for
-  const int64_t* padded_vocab;  // [K]  columns of each gradient
+  const int64_t* padded_vocab;   // [K]  columns of each gradient
 };
 
 // out[n] = sign * log sum_k softmax(a_n)_k exp(l[n, k]); 0 where target says the row is ignored.
@@ -60,18 +61,19 @@ struct MixtureLogProb {
   const void* log_prob;     // [N, K]
   const void* gate_logits;  // [N, K], or [K] with gate_stride 0
   int64_t gate_stride;
-  const int64_t* target;    // [N] or null
+  const int64_t* target;  // [N] or null
   int64_t ignore_index;
   double sign;
-  void* out;                // [N]
+  void* out;  // [N]
 };
 
-// r = softmax_k(log g + l):  d/dl[n, k] = sign * grad[n] r_k,  d/da[n, k] = sign * grad[n] (r_k - g_k).
+// r = softmax_k(log g + l):  d/dl[n, k] = sign * grad[n] r_k,  d/da[n, k] = sign * grad[n] (r_k -
+// g_k).
 struct MixtureLogProbBackward {
-  MixtureLogProb forward;   // out is not used
-  const void* grad;         // [N]
-  void* grad_log_prob;      // [N, K] or null
-  void* grad_gate_logits;   // [N, K] or null
+  MixtureLogProb forward;  // out is not used
+  const void* grad;        // [N]
+  void* grad_log_prob;     // [N, K] or null
+  void* grad_gate_logits;  // [N, K] or null
 };
 
 constexpr int64_t kAllTargetsValid = -1;

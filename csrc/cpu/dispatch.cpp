@@ -20,10 +20,10 @@ struct Kernels {
   decltype(&baseline::mixture_log_prob_backward) mixture_log_prob_backward;
 };
 
-#define RG_KERNELS(isa)                                                              \
-  Kernels {                                                                          \
+#define RG_KERNELS(isa)                                                                  \
+  Kernels {                                                                              \
     #isa, &isa::expert_log_prob, &isa::expert_log_prob_backward, &isa::mixture_log_prob, \
-        &isa::mixture_log_prob_backward                                              \
+        &isa::mixture_log_prob_backward                                                  \
   }
 
 // The best set this processor runs; ROBUSTGATE_CPU names a lesser one. Read once.
@@ -104,9 +104,8 @@ void expert_log_prob_backward(const ExpertLogProbBackward& op, int threads) {
 }
 
 void mixture_log_prob(const MixtureLogProb& op, int threads) {
-  over_log_probs(op, threads, [&](int64_t begin, int64_t end) {
-    kernels().mixture_log_prob(op, begin, end);
-  });
+  over_log_probs(op, threads,
+                 [&](int64_t begin, int64_t end) { kernels().mixture_log_prob(op, begin, end); });
 }
 
 int64_t mixture_nll(const ExpertLogProb& op, const void* gate_logits, int64_t gate_stride,

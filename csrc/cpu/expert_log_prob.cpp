@@ -269,8 +269,8 @@ void backward(const ExpertLogProbBackward& op, int64_t k, int64_t begin, int64_t
         if (grad == 0) return zero(n, 0);
         zero(n, vocab);
         row(base + row_offset(op.logits[k], op.spec, n),
-            grad_base + row_offset(op.grad_logits[k], op.spec, n), y,
-            op.lse[n * experts + k], grad);
+            grad_base + row_offset(op.grad_logits[k], op.spec, n), y, op.lse[n * experts + k],
+            grad);
       });
 }
 
@@ -278,15 +278,13 @@ template <DType D, bool kCap>
 void backward_rows(const ExpertLogProbBackward& op, int64_t k, int64_t begin, int64_t end) {
   typedef typename Loader<D>::Element Element;
   const Exponent e(op.spec);
-  backward<Element, float>(
-      op, k, begin, end,
-      [&](const Element* z, Element* dz, int64_t y, double lse, double grad) {
-        row_backward<D, kCap>(z, dz, y, lse, grad, op.spec, e);
-      });
+  backward<Element, float>(op, k, begin, end,
+                           [&](const Element* z, Element* dz, int64_t y, double lse, double grad) {
+                             row_backward<D, kCap>(z, dz, y, lse, grad, op.spec, e);
+                           });
 }
 
-void backward_rows_float64(const ExpertLogProbBackward& op, int64_t k, int64_t begin,
-                           int64_t end) {
+void backward_rows_float64(const ExpertLogProbBackward& op, int64_t k, int64_t begin, int64_t end) {
   backward<double, double>(op, k, begin, end,
                            [&](const double* z, double* dz, int64_t y, double lse, double grad) {
                              row_backward(z, dz, y, lse, grad, op.spec);

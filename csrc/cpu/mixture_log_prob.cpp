@@ -1,4 +1,5 @@
-// Mixture log-probability: out[n] = sign * log sum_k softmax(a_n)_k exp(l[n, k]), and its gradients.
+// Mixture log-probability: out[n] = sign * log sum_k softmax(a_n)_k exp(l[n, k]), and its
+// gradients.
 //
 // Small data ([N, K]), so the cost is the exponentials: rows are taken in blocks whose N * K terms
 // fit a stack buffer and one vector exp runs over the whole buffer. float64 uses libm.
@@ -43,7 +44,8 @@ T finite_or_zero(T x) {
   return x - x == 0 ? x : (T)0;
 }
 
-// work[r, k] = exp(terms[r, k] - top[r]) with top[r] the row's maximum, or 0 where it is not finite.
+// work[r, k] = exp(terms[r, k] - top[r]) with top[r] the row's maximum, or 0 where it is not
+// finite.
 template <typename T>
 void exp_relative_to_max(const T* terms, T* work, T* top, int64_t rows, int64_t experts) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -73,11 +75,11 @@ void row_log_sum_exp(const T* terms, T* work, T* log_sum, int64_t rows, int64_t 
 // Scratch for one block of rows: on the stack up to kBuffer terms, else one row of any K.
 template <typename T>
 struct Block {
-  int64_t rows;   // rows per block
-  T* log_gate;    // [rows, K]  log softmax of the gate
-  T* terms;       // [rows, K]  log g + l
-  T* work;        // [rows, K]
-  T* row_value;   // [rows]
+  int64_t rows;  // rows per block
+  T* log_gate;   // [rows, K]  log softmax of the gate
+  T* terms;      // [rows, K]  log g + l
+  T* work;       // [rows, K]
+  T* row_value;  // [rows]
 };
 
 template <typename T, typename Body>
@@ -92,8 +94,7 @@ void for_each_block(const MixtureLogProb& op, int64_t begin, int64_t end, Body b
       if (op.gate_stride != 0 || n == begin) {
         // A shared gate is normalised once, into every row of the block.
         for (int64_t r = 0; r < count; ++r) {
-          memcpy(block.terms + r * experts, gate + (n + r) * op.gate_stride,
-                 experts * sizeof(T));
+          memcpy(block.terms + r * experts, gate + (n + r) * op.gate_stride, experts * sizeof(T));
         }
         row_log_sum_exp(block.terms, block.work, block.row_value, count, experts);
         for (int64_t i = 0; i < count * experts; ++i) {

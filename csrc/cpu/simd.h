@@ -85,19 +85,21 @@ inline float max_lanes(Vec v) {
   return m;
 }
 
-// 2^t. Adding 1.5 * 2^s rounds t to a multiple of 2^(s - 23) and leaves its integer in the low bits.
+// 2^t. Adding 1.5 * 2^s rounds t to a multiple of 2^(s - 23) and leaves its integer in the low
+// bits.
 #if defined(__AVX512F__)
-// 2^t = 2^floor(t) * table[j] * P(t - floor(t) - j/16), j = floor(16 t) mod 16. P interpolates at both
-// ends of [0, 1/16], so the result is continuous and exact at t = 0; it errs by <= 6.6e-7 (degree 2,
-// mean 4e-9) or 4e-9 (degree 3), then rounding. reduce() and scalef() follow IEEE for infinities.
+// 2^t = 2^floor(t) * table[j] * P(t - floor(t) - j/16), j = floor(16 t) mod 16. P interpolates at
+// both ends of [0, 1/16], so the result is continuous and exact at t = 0; it errs by <= 6.6e-7
+// (degree 2, mean 4e-9) or 4e-9 (degree 3), then rounding. reduce() and scalef() follow IEEE for
+// infinities.
 template <int kDegree = 3>
 inline Vec exp2(Vec t) {
-  const Vec table = {1.0f,         1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
-                     1.29683959f,  1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
-                     1.68179286f,  1.75625217f, 1.8340081f,  1.91520655f};
+  const Vec table = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
+                     1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                     1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
   constexpr int kSixteenths = 4 << 4, kFloor = 1, kQuiet = 8;
-  const __m512i index = (__m512i)_mm512_add_round_ps(
-      (__m512)t, (__m512)splat(786432.0f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const __m512i index = (__m512i)_mm512_add_round_ps((__m512)t, (__m512)splat(786432.0f),
+                                                     _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   const Vec f = (Vec)_mm512_reduce_ps((__m512)t, kSixteenths | kFloor | kQuiet);
   Vec p;
   if constexpr (kDegree == 2) {

@@ -15,8 +15,8 @@ struct Job {
   ChunkFunction function;
   void* context;
   int64_t chunks;
-  int seats;                      // workers still welcome
-  std::atomic<int64_t> next{0};   // first chunk nobody has taken
+  int seats;                     // workers still welcome
+  std::atomic<int64_t> next{0};  // first chunk nobody has taken
 
   void run() {
     for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {

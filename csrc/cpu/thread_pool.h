@@ -1,8 +1,8 @@
 // A small pool for fork-safe data parallelism.
 //
 // The calling thread takes chunks like every worker and never waits for a worker that has not
-// started, so a busy neighbour delays a call by one chunk at most. A second caller, a nested call or
-// a single thread run on the calling thread. After fork() the child starts a pool of its own.
+// started, so a busy neighbour delays a call by one chunk at most. A second caller, a nested call
+// or a single thread run on the calling thread. After fork() the child starts a pool of its own.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@ void parallel_for(int64_t chunks, int threads, ChunkFunction function, void* con
 template <typename Body>
 void parallel_for(int64_t chunks, int threads, Body& body) {
   parallel_for(
-      chunks, threads,
-      [](void* context, int64_t chunk) { (*static_cast<Body*>(context))(chunk); }, &body);
+      chunks, threads, [](void* context, int64_t chunk) { (*static_cast<Body*>(context))(chunk); },
+      &body);
 }
 
 }  // namespace robustgate

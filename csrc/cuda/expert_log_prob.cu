@@ -1,11 +1,11 @@
 // Expert log-probabilities: l[n, k] = z'[n, k, y] - log sum_v exp z'[n, k, v].
 //
 // Parallelisation: one block per (row, expert), experts of a row next to each other on grid.x.
-// Memory: one read, 16-byte loads between a scalar head and tail, so any width, stride and alignment
-// will do; int64 offsets. Two packs are in flight per thread.
-// Numerics: base-2 online log-sum-exp in float32 (float64 for float64 logits); the threads' states
-// are merged in a fixed order, so results are equal bit for bit from run to run. Ignored rows are not
-// read and give 0; a target out of range gives NaN and reads nothing.
+// Memory: one read, 16-byte loads between a scalar head and tail, so any width, stride and
+// alignment will do; int64 offsets. Two packs are in flight per thread. Numerics: base-2 online
+// log-sum-exp in float32 (float64 for float64 logits); the threads' states are merged in a fixed
+// order, so results are equal bit for bit from run to run. Ignored rows are not read and give 0; a
+// target out of range gives NaN and reads nothing.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -75,7 +75,7 @@ __device__ __forceinline__ void add_many(OnlineSoftmax<S>& state, const S (&t)[k
   S top = t[0];
 #pragma unroll
   for (int i = 1; i < kCount; ++i) top = fmax(top, t[i]);  // drops NaN, which the sum keeps
-  if (top == -static_cast<S>(INFINITY)) top = 0;            // only -inf or NaN: exp2 gives 0 or NaN
+  if (top == -static_cast<S>(INFINITY)) top = 0;           // only -inf or NaN: exp2 gives 0 or NaN
   S sum = 0;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sum += ::exp2(t[i] - top);
@@ -92,7 +92,8 @@ __device__ __forceinline__ OnlineSoftmax<S> merge_warp(OnlineSoftmax<S> state) {
 }
 
 template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads) expert_log_prob_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads)
+    expert_log_prob_kernel(const __grid_constant__ Arguments a) {
   using S = typename StatisticOf<T>::type;
   constexpr int kPack = 16 / sizeof(T);
   const int64_t n = blockIdx.x / a.experts;
