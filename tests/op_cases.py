@@ -30,7 +30,9 @@ class Case:
         )
 
     def double(self) -> "Case":
-        return Case([z.double() for z in self.logits], self.gate.double(), self.target, self.vocab_size)
+        return Case(
+            [z.double() for z in self.logits], self.gate.double(), self.target, self.vocab_size
+        )
 
 
 def make(

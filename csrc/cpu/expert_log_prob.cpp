@@ -99,7 +99,7 @@ double sum_exp2(const typename Loader<D>::Element* z, int64_t vocab, const Expon
   constexpr int64_t kStep = kLanes * kUnroll;
   // 16-bit logits are compute-bound: the shorter polynomial is below their rounding by far.
   constexpr int kDegree = kPerLoad == 2 || D == DType::kFloat16 ? 2 : 3;
-  double total = 0;
+  VecD total = {};
   int64_t v = 0;
   while (v + kStep <= vocab) {
     const int64_t stop = vocab - v > kColumnsPerPartialSum ? v + kColumnsPerPartialSum : vocab;
@@ -111,15 +111,15 @@ double sum_exp2(const typename Loader<D>::Element* z, int64_t vocab, const Expon
         sum[i] += exp2<kDegree>(relative_exponent<kCap>(x[i], e, reference));
       }
     }
-    for (int i = 0; i < kUnroll; ++i) total += sum_lanes(sum[i]);
+    for (int i = 0; i < kUnroll; ++i) total += widen(sum[i]);
   }
   float tail[kLanes * kUnroll] = {};
   widen_tail<D>(z + v, vocab - v, tail);
   for (int64_t i = 0; v + i < vocab; i += kLanes) {
     const Vec term = exp2(relative_exponent<kCap>(load<Vec>(tail + i), e, reference));
-    for (int lane = 0; lane < kLanes && v + i + lane < vocab; ++lane) total += term[lane];
+    total += widen(lane_index() < (float)(vocab - v - i) ? term : Vec{});
   }
-  return total;
+  return sum_lanes(total);
 }
 
 template <DType D, bool kCap>

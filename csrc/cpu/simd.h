@@ -33,7 +33,7 @@ constexpr int kLanes = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef double VecD __attribute__((vector_size(8 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 
 inline Vec splat(float x) { return Vec{} + x; }
@@ -73,7 +73,16 @@ inline Vec min(Vec a, Vec b) {
 
 inline Vec abs(Vec a) { return (Vec)((VecU)a & 0x7fffffffu); }
 
-inline double sum_lanes(Vec v) {
+// 0, 1, 2, ...
+inline Vec lane_index() {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = (float)i;
+  return v;
+}
+
+inline VecD widen(Vec v) { return __builtin_convertvector(v, VecD); }
+
+inline double sum_lanes(VecD v) {
   double total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;

@@ -1,8 +1,9 @@
 """Every bad argument is refused by name, with what was expected and what came."""
 
 import pytest
-import robustgate as rg
 import torch
+
+import robustgate as rg
 
 Z = torch.zeros(3, 8)
 Y = torch.zeros(3, dtype=torch.long)

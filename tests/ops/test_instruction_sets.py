@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from robustgate import _C
 
 HERE = Path(__file__).parent

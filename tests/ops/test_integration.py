@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
-import robustgate as rg
 import torch
 from op_cases import make, true_mixture_nll
+
+import robustgate as rg
 
 
 def raw_ops(dtype):

@@ -7,7 +7,6 @@ GRADIENT_TOLERANCE for the float32 arithmetic before. float64 is held to 1e-12.
 """
 
 import pytest
-import robustgate as rg
 import torch
 from op_cases import (
     BACKENDS,
@@ -18,6 +17,8 @@ from op_cases import (
     true_expert_log_prob,
     true_mixture_nll,
 )
+
+import robustgate as rg
 
 VALUE_TOLERANCE = 8e-6
 GRADIENT_TOLERANCE = 2e-6

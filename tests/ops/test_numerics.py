@@ -3,9 +3,10 @@
 import math
 
 import pytest
-import robustgate as rg
 import torch
 from op_cases import BACKENDS, make, relative_error, true_expert_log_prob, true_mixture_nll
+
+import robustgate as rg
 
 INF = float("inf")
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_INTEGER = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 
 LogitsArgument = Tensor | Sequence[Tensor]
 
@@ -43,26 +43,29 @@ def unpack_logits(
     _check_expert(op, 0, first)
     dtype, device, shape = first.dtype, first.device, first.shape
     requires_grad = first.requires_grad
-    equal_widths, narrowest = True, shape[-1]
+    narrowest = shape[-1]
+    equal_widths = True
     for k in range(1, len(experts)):
         expert = experts[k]
-        _check_expert(op, k, expert)
-        if expert.dtype is not dtype:
+        if not isinstance(expert, Tensor) or expert.dtype is not dtype:
+            _check_expert(op, k, expert)
             raise TypeError(
                 f"{op}: logits must share one dtype, got {dtype} and {expert.dtype} (logits[{k}])"
             )
-        if expert.device != device:
-            raise ValueError(
-                f"{op}: logits must be on one device, got {device} and {expert.device} "
-                f"(logits[{k}])"
-            )
         if expert.shape != shape:
+            _check_expert(op, k, expert)
             if expert.shape[:-1] != shape[:-1]:
                 raise ValueError(
                     f"{op}: logits must share their leading shape, got {list(shape[:-1])} and "
                     f"{list(expert.shape[:-1])} (logits[{k}])"
                 )
             equal_widths, narrowest = False, min(narrowest, expert.shape[-1])
+        if expert.device != device or expert.layout is not torch.strided:
+            _check_expert(op, k, expert)
+            raise ValueError(
+                f"{op}: logits must be on one device, got {device} and {expert.device} "
+                f"(logits[{k}])"
+            )
         requires_grad = requires_grad or expert.requires_grad
     if vocab_size is None:
         if not equal_widths or narrowest < 1:
