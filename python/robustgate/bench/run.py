@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,26 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+def measure_all(
+    shapes: Iterable[Shape],
+    dtypes: Iterable[torch.dtype],
+    threads: Iterable[int],
+    device: torch.device,
+    *,
+    modes: Iterable[str] = tuple(MODES),
+    seconds: float = 2.0,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Measure every combination; ``on_step`` hears what is next. Restores torch's thread count."""
+    rows: list[Row] = []
+    before = torch.get_num_threads()
+    try:
+        for count, shape, dtype, mode in product(threads, shapes, dtypes, modes):
+            torch.set_num_threads(count)
+            on_step(f"{mode} {dtype} on {count} thread{'s' * (count > 1)}")
+            rows += measure(shape, dtype, mode, device, seconds=seconds)
+    finally:
+        torch.set_num_threads(before)
+    return rows
