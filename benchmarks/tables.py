@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py
 
-Between `<!-- speed -->` and `<!-- /speed -->` stands what this script wrote; nothing else is touched.
+Only what stands between `<!-- speed -->` and `<!-- /speed -->` is replaced.
 """
 
 import csv
@@ -65,8 +65,8 @@ def full_table(rows: list[dict[str, str]]) -> str:
                 f"{float(row[name]) / 1e3:.2f}" for name in ("median_us", "p20_us", "p80_us")
             )
             lines.append(
-                f"| {threads} | {dtype} | {mode} | {' | '.join(shape)} | {row['variant']} | {times} "
-                f"| {float(row['gigabytes_per_second']):.1f} | {row['error']} |"
+                f"| {threads} | {dtype} | {mode} | {' | '.join(shape)} | {row['variant']} "
+                f"| {times} | {float(row['gigabytes_per_second']):.1f} | {row['error']} |"
             )
     return "\n".join(lines)
 
@@ -122,9 +122,9 @@ def main() -> None:
     picture = "![mixture_nll forward on one thread](benchmarks/figures/mixture_nll_cpu.svg)"
     replace(
         HERE.parent / "README.md",
-        f"## Speed\n\n{picture}\n\n`mixture_nll` against the fastest of two compiled and three eager "
-        f"formulations, measured in one run:\n\n{table(rows)}\n\n{note}\nHow it is measured, and what "
-        "falls short: [benchmarks/README.md](benchmarks/README.md).",
+        f"## Speed\n\n{picture}\n\n`mixture_nll` against the fastest of two compiled and three "
+        f"eager formulations, measured in one run:\n\n{table(rows)}\n\n{note}\nHow it is measured, "
+        "and what falls short: [benchmarks/README.md](benchmarks/README.md).",
     )
     replace(HERE / "README.md", f"{table(rows)}\n\nEvery variant:\n\n{full_table(rows)}\n\n{note}")
 

@@ -1,4 +1,4 @@
-"""The benchmark's machinery, on tiny shapes: the gate, the formulas, the CSV. No time is asserted."""
+"""The benchmark's machinery on tiny shapes: gate, formulas, CSV. No time is asserted."""
 
 import csv
 
@@ -46,7 +46,7 @@ def test_a_wrong_variant_is_never_timed(quick, monkeypatch):
         mixture_nll._ours(logits, gate, target) * 1.01
     )
     monkeypatch.setattr(run, "interleaved", lambda *_: pytest.fail("timed a wrong variant"))
-    with pytest.raises(RuntimeError, match="wrong results.*eager wrong"):
+    with pytest.raises(RuntimeError, match=r"wrong results.*eager wrong"):
         run.measure(TINY, torch.float32, "forward", CPU)
 
 
