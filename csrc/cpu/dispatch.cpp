@@ -34,11 +34,10 @@ const Kernels& kernels() {
       return forced == nullptr || *forced == '\0' || std::strcmp(forced, name) == 0;
     };
 #ifdef ROBUSTGATE_X86_64
-    // x86-64-v4 and x86-64-v3, as the compiler's -march options define them.
+    // The levels x86-64-v3 and -v4 by the names that GCC and Clang both know: every processor with
+    // AVX2, FMA and BMI2 has the rest of v3 (F16C, LZCNT, MOVBE).
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
-                    __builtin_cpu_supports("movbe");
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
