@@ -149,6 +149,6 @@ def reduce(
     if reduction == "sum":
         return values.sum()
     if reduction == "mean":
-        count = (target != ignore_index).sum().clamp_min(1)
-        return values.sum() / count
+        count = torch.count_nonzero(target != ignore_index)
+        return values.sum() / count.clamp_min(1)
     raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")

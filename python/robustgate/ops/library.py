@@ -22,7 +22,7 @@ _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 Kernel = Callable[..., Any]
 
-# (op, device type) -> backend name -> kernel, in the order in which "auto" prefers them.
+# (op, device type) -> backend name -> kernel; "auto" is among the names.
 _kernels: dict[tuple[str, str], dict[str, Kernel]] = {}
 _defaults: dict[str, Kernel] = {}
 
@@ -86,29 +86,31 @@ def define(schema: str, fake: Kernel, eager: Kernel) -> Kernel:
 
 
 def register_kernel(name: str, device_type: str, backend_name: str, kernel: Kernel) -> None:
-    """Register a kernel of a raw op for one device type; earlier registrations are preferred."""
+    """Register a kernel of a raw op for one device type; the first one registered is preferred."""
     table = _kernels.get((name, device_type))
     if table is not None:
         table[backend_name] = kernel
         return
-    table = _kernels[name, device_type] = {backend_name: kernel}
-    eager = _defaults[name]
+    table = {"auto": kernel, backend_name: kernel, "eager": _defaults[name]}
+    _kernels[name, device_type] = table
 
     def run(*args: Any) -> Any:
-        if _requested == "auto":
-            return next(iter(table.values()))(*args)
-        if _requested == "eager":
-            return eager(*args)
-        if _requested in table:
-            return table[_requested](*args)
-        raise RuntimeError(
-            f"robustgate.{name}: backend {_requested!r} has no kernel for {device_type} tensors "
-            f"(available: {', '.join([*table, 'eager'])})"
-        )
+        chosen = table.get(_requested)
+        if chosen is None:
+            raise RuntimeError(
+                f"robustgate.{name}: backend {_requested!r} has no kernel for {device_type} "
+                f"tensors (available: {', '.join(table)})"
+            )
+        return chosen(*args)
 
     _library.impl(name, run, _DISPATCH_KEYS[device_type])
 
 
 def serving(device_type: str) -> dict[str, list[str]]:
     """Return, for each raw op, the backends that serve a device type, the preferred one first."""
-    return {name: [*_kernels.get((name, device_type), {}), "eager"] for name in _defaults}
+    served = {}
+    for name, eager in _defaults.items():
+        table = _kernels.get((name, device_type), {"auto": eager})
+        others = [backend for backend in table if backend not in ("auto", "eager")]
+        served[name] = [*others, "eager"]
+    return served

@@ -28,7 +28,7 @@ def expert_log_prob(
     target = target.contiguous()
     shape = (*target.shape, len(logits))
     log_prob = torch.empty(shape, dtype=statistics_dtype(logits[0].dtype))
-    lse = torch.empty(shape, dtype=torch.float64)
+    lse = torch.empty_like(log_prob, dtype=torch.float64)
     rows, _kept = native.address_rows(logits)
     bad_row = _C.cpu_expert_log_prob(
         rows,
@@ -106,16 +106,22 @@ def mixture_nll(
     temperature: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # empty_like is the cheapest allocation; its argument has to be contiguous.
     target, gate_logits = target.contiguous(), gate_logits.contiguous()
-    shape = (*target.shape, len(logits))
-    log_prob = torch.empty(shape, dtype=gate_logits.dtype)
-    lse = torch.empty(shape, dtype=torch.float64)
-    nll = torch.empty(target.shape, dtype=gate_logits.dtype)
+    experts = len(logits)
+    nll = torch.empty_like(target, dtype=gate_logits.dtype)
+    if gate_logits.dim() > target.dim():
+        gate_stride = experts
+        log_prob = torch.empty_like(gate_logits)
+    else:
+        gate_stride = 0
+        log_prob = torch.empty((*target.shape, experts), dtype=gate_logits.dtype)
+    lse = torch.empty_like(log_prob, dtype=torch.float64)
     rows, _kept = native.address_rows(logits)
     bad_row = _C.cpu_mixture_nll(
         rows,
         gate_logits.data_ptr(),
-        shape[-1] if gate_logits.dim() == len(shape) else 0,
+        gate_stride,
         target.data_ptr(),
         nll.data_ptr(),
         log_prob.data_ptr(),
