@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from robustgate import game
+from robustgate import game, lm
 from robustgate.ops import (
     backend,
     expert_log_prob,
@@ -15,6 +15,7 @@ __all__ = [
     "backend",
     "expert_log_prob",
     "game",
+    "lm",
     "mixture_log_prob",
     "mixture_nll",
 ]

@@ -1,0 +1,96 @@
+"""How much the demo does, and the sizes of its models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much the demo does.
+
+    Attributes:
+        train_characters: Characters of training text per domain.
+        held_out_characters: Characters of validation text per domain, and of test text.
+        vocab_size: Tokens of the shared tokenizer.
+        context: Tokens a model reads at once, in training and scoring.
+        seed_tokens: Tokens the seed model reads.
+        branch_tokens: Tokens each expert reads after it.
+        sweep_tokens: Tokens of each run that chooses the monolith's learning rate.
+        batch_size: Rows of ``context`` tokens in a step.
+        learning_rate: Of the seed model and the experts.
+        monolith_learning_rates: What the sweep tries.
+    """
+
+    train_characters: int
+    held_out_characters: int
+    vocab_size: int
+    context: int
+    seed_tokens: int
+    branch_tokens: int
+    sweep_tokens: int
+    batch_size: int
+    learning_rate: float
+    monolith_learning_rates: tuple[float, ...]
+
+
+STANDARD = Budget(
+    train_characters=450_000,
+    held_out_characters=80_000,
+    vocab_size=2048,
+    context=128,
+    seed_tokens=400_000,
+    branch_tokens=120_000,
+    sweep_tokens=40_000,
+    batch_size=4,
+    learning_rate=6e-3,
+    monolith_learning_rates=(1.5e-3, 3e-3, 6e-3),
+)
+"""About three minutes on two cores."""
+
+QUICK = Budget(
+    train_characters=60_000,
+    held_out_characters=20_000,
+    vocab_size=1024,
+    context=128,
+    seed_tokens=50_000,
+    branch_tokens=20_000,
+    sweep_tokens=10_000,
+    batch_size=4,
+    learning_rate=6e-3,
+    monolith_learning_rates=(3e-3, 6e-3),
+)
+"""Less than a minute; the numbers are poor, the steps are the same."""
+
+EXPERT_CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 64**-0.5,
+    "tie_word_embeddings": True,
+}
+"""An expert: a Llama small enough to train in seconds."""
+
+
+def parameters(config: dict[str, Any], vocab_size: int) -> int:
+    """Return the number of weights of a Llama model with tied embeddings.
+
+    Per layer ``4 h^2`` for attention, ``3 h i`` for the feed-forward block and two norms of
+    ``h``; ``V h`` embeddings and a last norm.
+    """
+    h, i = config["hidden_size"], config["intermediate_size"]
+    return int(config["num_hidden_layers"] * (4 * h * h + 3 * h * i + 2 * h) + vocab_size * h + h)
+
+
+def monolith_config(experts: int, vocab_size: int) -> dict[str, Any]:
+    """Return the smallest model of three layers with no fewer weights than all experts together."""
+    wanted = experts * parameters(EXPERT_CONFIG, vocab_size)
+    config = {**EXPERT_CONFIG, "num_hidden_layers": 3}
+    while parameters(config, vocab_size) < wanted:
+        config["hidden_size"] += 8  # four heads of even width
+        config["intermediate_size"] = 3 * config["hidden_size"]
+        config["initializer_range"] = config["hidden_size"] ** -0.5
+    return config

@@ -1,0 +1,290 @@
+"""The demo: from raw text to a certified modular model, with the functions a user would call."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from robustgate.demo.budget import EXPERT_CONFIG, STANDARD, Budget, monolith_config
+from robustgate.demo.corpora import SHARES, read_domains
+from robustgate.lm.corpus import Corpus, read_corpus, write_corpus
+from robustgate.lm.evaluate import evaluate_model
+from robustgate.lm.experts import ExpertSet
+from robustgate.lm.files import read_json, write_json
+from robustgate.lm.fit import fit
+from robustgate.lm.modular import ModularModel
+from robustgate.lm.page import Section, Table
+from robustgate.lm.report import write_report
+from robustgate.lm.results import Evaluation
+from robustgate.lm.score import score
+from robustgate.lm.tokenizer import train_tokenizer
+from robustgate.lm.train import TrainResult, train
+
+Split = Mapping[str, Mapping[str, Corpus]]
+"""Split (``train``, ``valid``, ``test``) to domain to documents."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made.
+
+    Attributes:
+        model: The modular model.
+        evaluation: Every system on held-out documents.
+        report: Path of the HTML report.
+        learning_rates: Learning rate to validation loss of the monolith's sweep, nats per token.
+        seconds: Time spent by this call.
+    """
+
+    model: ModularModel
+    evaluation: Evaluation
+    report: Path
+    learning_rates: Mapping[float, float]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return {
+            "model": self.model.to_json(),
+            "evaluation": self.evaluation.to_json(),
+            "report": str(self.report),
+            "monolith_learning_rates": {f"{k:g}": v for k, v in self.learning_rates.items()},
+            "seconds": self.seconds,
+        }
+
+
+def run_demo(
+    out: str | os.PathLike[str] = "robustgate-demo",
+    *,
+    budget: Budget = STANDARD,
+    seed: int = 0,
+    progress: bool = True,
+) -> DemoResult:
+    """Train experts on text that every Python installation carries, combine them, and report.
+
+    Args:
+        out: Folder to work in. A run that was stopped continues there; a finished one is only
+            read again.
+        budget: How much to do.
+        seed: Seed of everything random; the same seed gives the same numbers on one machine.
+        progress: Say on standard error what is going on.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: ``out`` holds a demo with another seed or budget.
+        RuntimeError: The installation carries text of fewer than three domains.
+        OSError: A file could not be written; what was complete stays.
+    """
+    began = time.monotonic()
+    folder = Path(out)
+    say = _Steps(7, progress)
+    _claim(folder, budget, seed)
+
+    say("read text that this Python installation carries")
+    corpora = _corpora(folder / "data", budget, seed)
+    union = balanced(list(corpora["train"].values()))
+
+    say("train the tokenizer and the seed model")
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        train_tokenizer(union.documents, budget.vocab_size, tokenizer)
+    settings: dict[str, Any] = {
+        "context": budget.context,
+        "batch_size": budget.batch_size,
+        "seed": seed,
+        "progress": progress,
+    }
+    common = train(
+        union,
+        folder / "seed",
+        config=EXPERT_CONFIG,
+        tokenizer=tokenizer,
+        tokens=budget.seed_tokens,
+        learning_rate=budget.learning_rate,
+        **settings,
+    )
+
+    say(f"train {len(corpora['train'])} experts, each a branch of the seed model")
+    branches = {
+        name: train(
+            corpus,
+            folder / "experts" / name,
+            init=folder / "seed",
+            tokens=budget.branch_tokens,
+            learning_rate=budget.learning_rate,
+            **settings,
+        )
+        for name, corpus in corpora["train"].items()
+    }
+
+    say("train the monolith for comparison")
+    config = monolith_config(len(branches), budget.vocab_size)
+    sweep = {}
+    for rate in budget.monolith_learning_rates:
+        trial = train(
+            union,
+            folder / "sweep" / f"lr-{rate:g}",
+            config=config,
+            tokenizer=tokenizer,
+            tokens=budget.sweep_tokens,
+            learning_rate=rate,
+            **settings,
+        )
+        sweep[rate] = _validation_loss(trial.path, corpora["valid"], folder, progress)
+    monolith = train(
+        union,
+        folder / "monolith",
+        config=config,
+        tokenizer=tokenizer,
+        tokens=common.tokens + sum(branch.tokens for branch in branches.values()),
+        learning_rate=min(sweep, key=sweep.__getitem__),
+        **settings,
+    )
+
+    say("score the validation documents and fit the robust prior")
+    experts = ExpertSet.open([branch.path for branch in branches.values()])
+    valid = list(corpora["valid"].values())
+    store = score(experts, valid, folder / "scores" / "valid", progress=progress)
+    model = fit(store, folder / "modular", experts=experts)
+
+    say("evaluate on held-out documents")
+    evaluation = evaluate_model(
+        model,
+        list(corpora["test"].values()),
+        store=folder / "scores" / "test",
+        monolith=monolith.path,
+        progress=progress,
+    )
+
+    say("write the report")
+    report = write_report(
+        model.path,
+        folder / "report",
+        title="robustgate demo",
+        appendix=[_training(common, branches, monolith, sweep, budget)],
+    )
+    return DemoResult(model, evaluation, report, sweep, time.monotonic() - began)
+
+
+def balanced(corpora: Sequence[Corpus]) -> Corpus:
+    """Return the union in which every corpus has the same length, shorter ones being repeated."""
+    largest = max(sum(map(len, corpus.documents)) for corpus in corpora)
+    documents: list[str] = []
+    for corpus in corpora:
+        length, index = 0, 0
+        while length < largest:
+            documents.append(corpus.documents[index % len(corpus)])
+            length, index = length + len(documents[-1]), index + 1
+    return Corpus.of("union", documents)
+
+
+def _claim(folder: Path, budget: Budget, seed: int) -> None:
+    """Make the folder this demo's, or check that it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "demo.json"
+    wanted = json.loads(json.dumps({"seed": seed, "budget": asdict(budget)}))
+    if not file.exists():
+        if any(folder.iterdir()):
+            raise ValueError(f"{folder}: holds other files; choose another folder")
+        write_json(file, wanted)
+    elif read_json(file) != wanted:
+        raise ValueError(
+            f"{folder}: holds a demo with another seed or budget; delete it, or choose another "
+            "folder"
+        )
+
+
+def _corpora(folder: Path, budget: Budget, seed: int) -> Split:
+    """Write the corpora as files, unless they are there, and read them."""
+    index = folder / "sources.json"
+    if not index.exists():
+        sources = {}
+        held_out = budget.held_out_characters
+        wanted = {"train": budget.train_characters, "valid": held_out, "test": held_out}
+        for domain in read_domains(wanted, seed=seed):
+            for split, documents in domain.documents.items():
+                write_corpus(folder / domain.name / f"{split}.txt", documents)
+            sources[domain.name] = {s: sorted(domain.sources[s]) for s in SHARES}
+        write_json(index, sources)
+    return {
+        split: {
+            name: read_corpus(folder / name / f"{split}.txt", name) for name in read_json(index)
+        }
+        for split in SHARES
+    }
+
+
+def _validation_loss(
+    checkpoint: Path, corpora: Mapping[str, Corpus], folder: Path, progress: bool
+) -> float:
+    """Return the mean over domains of the nats per token on the first validation documents."""
+    few = [Corpus.of(name, corpus.documents[:10]) for name, corpus in corpora.items()]
+    store = score(ExpertSet.open(checkpoint), few, folder / "scores" / "sweep", progress=progress)
+    losses = [-float(store.token_log_probs(c.name, [checkpoint.name]).mean()) for c in few]
+    return sum(losses) / len(losses)
+
+
+def _training(
+    seed: TrainResult,
+    branches: Mapping[str, TrainResult],
+    monolith: TrainResult,
+    sweep: Mapping[float, float],
+    budget: Budget,
+) -> Section:
+    """Describe how the models were trained, and what was equal."""
+    best = min(sweep, key=sweep.__getitem__)
+    rows = [("seed", seed, budget.learning_rate)]
+    rows += [(f"expert {name}", branch, budget.learning_rate) for name, branch in branches.items()]
+    rows += [("monolith", monolith, best)]
+    total = sum(branch.parameters for branch in branches.values())
+    return Section(
+        "How the models were trained",
+        (
+            "A seed model reads all domains; each expert goes on from it on one domain. The "
+            f"monolith has as many weights as the experts together ({monolith.parameters:,} "
+            f"against {total:,}) and reads as many tokens as the seed model and the experts "
+            f"together ({monolith.tokens:,}), every domain in equal shares. Weights, tokens, data, "
+            "tokenizer, batch size and context are equal. Not equal: each of its tokens costs "
+            f"about {len(branches)} times the arithmetic of an expert's, and its learning rate "
+            f"was chosen on runs of {budget.sweep_tokens:,} tokens, while the experts' was fixed "
+            "beforehand.",
+        ),
+        tables=(
+            Table.of(
+                ("model", "weights", "tokens read", "learning rate", "last training loss"),
+                [
+                    (name, f"{r.parameters:,}", f"{r.tokens:,}", f"{rate:g}", f"{r.loss:.3f}")
+                    for name, r, rate in rows
+                ],
+                "AdamW, cosine schedule; the loss is that of the last step, in nats per token. An "
+                "expert's tokens come on top of its seed's.",
+            ),
+            Table.of(
+                ("learning rate of the monolith", "validation loss"),
+                [(f"{rate:g}", f"{loss:.3f}") for rate, loss in sweep.items()],
+                "The sweep: nats per token, mean over domains, on a few validation documents.",
+            ),
+        ),
+    )
+
+
+class _Steps:
+    """Print numbered steps on standard error."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self._console = Console(stderr=True, quiet=not show)
+        self._total = total
+        self._done = 0
+
+    def __call__(self, what: str) -> None:
+        self._done += 1
+        self._console.print(f"[bold]\\[{self._done}/{self._total}][/] {what}", highlight=False)

@@ -1,0 +1,160 @@
+"""The modular model's folder: what fit writes, what load refuses, what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from scored import make_store, random_corpora
+
+from robustgate.game import robust_prior
+from robustgate.lm.experts import ExpertSet
+from robustgate.lm.fit import fit
+from robustgate.lm.modular import ModularModel
+from robustgate.lm.score import score
+from robustgate.lm.store import LogProbStore
+
+from .conftest import tree
+
+EXPERTS = ("a", "b", "c")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return make_store(tmp_path / "store", random_corpora(("x", "y"), experts=3), EXPERTS)
+
+
+@pytest.fixture
+def model(tmp_path, store):
+    return fit(store, tmp_path / "modular")
+
+
+def test_holds_the_floored_robust_prior_and_its_certificate(store, model):
+    log_probs = {name: store.document_log_probs(name) for name in ("x", "y")}
+    solution = robust_prior(log_probs)
+    assert model.names == EXPERTS
+    assert model.domains == ("x", "y")
+    assert torch.equal(model.prior, 0.99 * solution.prior + 0.01 / 3)
+    assert torch.equal(model.mixture, solution.mixture)
+    assert torch.equal(model.baseline, solution.baseline)
+    worst = max(
+        float(-torch.logsumexp(log_probs[name] + model.prior.log(), dim=-1).mean() - base)
+        for name, base in zip(("x", "y"), model.baseline, strict=True)
+    )
+    proven = model.certificate
+    # The same sum of a few dozen float64 terms of size ten in another order: about 1e-14.
+    assert proven.worst_case == pytest.approx(worst, rel=1e-12)
+    assert proven.lower_bound <= proven.upper_bound <= proven.lower_bound + 1e-6
+    assert proven.worst_case <= proven.upper_bound - math.log1p(-0.01)
+    assert proven.guarantee == pytest.approx(-math.log(float(model.prior.min())), rel=1e-15)
+    assert proven.documents == 24
+    assert len(model.trajectory["upper_bound"]) == len(model.trajectory["mixtures"]) > 1
+
+
+def test_raw_baseline_is_zero(tmp_path, store):
+    model = fit(store, tmp_path / "raw", baseline="raw")
+    assert model.baseline.tolist() == [0, 0]
+    assert "nats per document in all" in model.sentence()
+
+
+def test_sentence_names_the_numbers(model):
+    sentence = model.sentence()
+    for number in (model.certificate.worst_case, model.certificate.lower_bound):
+        assert f"{number:.3f}" in sentence
+    assert f"{model.certificate.guarantee:.2f}" in sentence
+    assert sentence.count(". ") == 0  # one sentence
+    assert model.to_json()["certificate"]["sentence"] == sentence
+    assert json.loads(json.dumps(model.to_json()))["prior"].keys() == set(EXPERTS)
+
+
+def test_two_fits_write_the_same_bytes(tmp_path, store, model):
+    fit(store, tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(model.path)
+    fit(store, model.path)
+    assert tree(tmp_path / "again") == tree(model.path)
+
+
+def test_another_fit_replaces_model_and_evaluation(tmp_path, store, model):
+    (model.path / "evaluation.json").write_text("{}")
+    fit(store, model.path, delta=0.5)
+    assert not (model.path / "evaluation.json").exists()
+    assert len(list(model.path.glob("gate-*"))) == 1
+    assert ModularModel.load(model.path).certificate.delta == 0.5
+
+
+def test_a_killed_fit_leaves_the_old_model_or_the_new_one(tmp_path, store, model, killed):
+    old, new = model.prior, fit(store, tmp_path / "new", delta=0.5).prior
+    outcomes = set()
+    for at in range(8):  # two atomic writes, each with two fsyncs and a rename
+        fit(store, model.path)
+        was_killed = killed(lambda: fit(store, model.path, delta=0.5), at=at)
+        found = ModularModel.load(model.path).prior
+        assert torch.equal(found, old) or torch.equal(found, new)
+        outcomes.add((was_killed, torch.equal(found, new)))
+    assert {(True, False), (False, True)} <= outcomes
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), FileNotFoundError, "not a modular model"),
+        (lambda f: (f / "manifest.json").write_text("{"), ValueError, "not valid JSON"),
+        (lambda f: (f / "manifest.json").write_text("[]"), ValueError, "not the manifest"),
+        (lambda f: _edit(f, version=2), ValueError, "version 2"),
+        (lambda f: _edit(f, certificate={}), ValueError, "damaged"),
+        (lambda f: _edit(f, gate={"file": "no.safetensors", "sha256": ""}), OSError, "missing"),
+        (lambda f: next(f.glob("gate-*")).write_bytes(b"x"), ValueError, "truncated or altered"),
+    ],
+)
+def test_load_refuses_what_is_damaged(model, damage, error, message):
+    damage(model.path)
+    with pytest.raises(error, match=message):
+        ModularModel.load(model.path)
+
+
+def _edit(folder: Path, **changes):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def test_fit_refuses_what_does_not_fit(tmp_path, store):
+    with pytest.raises(ValueError, match="baseline: expected 'excess' or 'raw', got 'best'"):
+        fit(store, tmp_path / "m", baseline="best")
+    with pytest.raises(ValueError, match="delta"):
+        fit(store, tmp_path / "m", delta=0.0)
+    with pytest.raises(ValueError, match="holds no scored experts and corpora"):
+        fit(LogProbStore.create(tmp_path / "empty", "T" * 64), tmp_path / "m")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("keep me")
+    with pytest.raises(FileExistsError, match="full: holds other files"):
+        fit(store, tmp_path / "full")
+    assert not (tmp_path / "m").exists()
+
+
+def test_experts_are_remembered_and_checked(tmp_path, experts_path, corpora, make_checkpoint):
+    folder = tmp_path / "experts"
+    make_checkpoint(folder / "code", seed=1)
+    make_checkpoint(folder / "prose", seed=2)
+    experts = ExpertSet.open(folder)
+    store = score(experts, corpora, tmp_path / "store", progress=False)
+    model = fit(store, tmp_path / "runs" / "modular", experts=experts)
+    assert model.open_experts().names == ("code", "prose")
+    assert [expert.path.resolve() for expert in model.experts] == [
+        (folder / name).resolve() for name in ("code", "prose")
+    ]
+    (tmp_path / "runs").rename(tmp_path / "archive")  # the model moves, its experts do not
+    moved = ModularModel.load(tmp_path / "archive" / "modular")
+    assert moved.open_experts().names == ("code", "prose")
+    make_checkpoint(folder / "prose", seed=3)
+    with pytest.raises(ValueError, match="expert 'prose' has changed since the fit"):
+        moved.open_experts()
+    with pytest.raises(ValueError, match="'prose' is another checkpoint"):
+        fit(store, tmp_path / "other", experts=ExpertSet.open(folder))
+
+
+def test_a_model_without_paths_says_how_to_get_them(model):
+    with pytest.raises(FileNotFoundError, match="fit again with --experts"):
+        model.open_experts()
