@@ -14,7 +14,7 @@ namespace robustgate {
 // a slice such as logits[:, :-1] of a [B, T, V] tensor needs no copy:
 //   row n starts at data + (n / inner_rows) * outer_stride + (n % inner_rows) * inner_stride.
 struct LogitRows {
-  void* data;  // null where a gradient is not asked for
+  void* data;
   int64_t outer_stride;
   int64_t inner_stride;
 };
@@ -50,7 +50,7 @@ struct ExpertLogProbBackward {
   const int64_t* target;         // [N]
   const double* lse;             // [N, K]
   const void* grad;              // [N, K]
-  const LogitRows* grad_logits;  // [K]  out; data == null: not asked for
+  const LogitRows* grad_logits;  // [K]  out
   const int64_t* padded_vocab;   // [K]  columns of each gradient
 };
 

@@ -1,9 +1,10 @@
-// The algebra of the online log-sum-exp, shared by host and device, in base 2.
+// The algebra of the online log-sum-exp, shared by host and device.
 //
-// A state (max, sum) stands for sum * 2^max = sum_i 2^(t_i) of the values t_i = z_i log2(e) seen so
-// far. The empty state is (-inf, 0); merging is associative and commutative up to rounding (Milakov
-// and Gimelshein, arXiv 1805.02867). A row with NaN or +inf, or of nothing but -inf, has no softmax
-// and ends NaN.
+// A state (max, sum) stands for sum_i 2^(scale u_i) = sum * 2^(scale max) of the values u_i seen so
+// far. Differences are taken before they are scaled, so that large values lose nothing. The empty
+// state is
+// (-inf, 0); merging is associative and commutative up to rounding (Milakov and Gimelshein,
+// arXiv 1805.02867). NaN in any value makes the sum NaN.
 #pragma once
 
 #include <math.h>
@@ -30,10 +31,10 @@ struct OnlineSoftmax {
 
   static RG_HOST_DEVICE OnlineSoftmax empty() { return {-(T)INFINITY, (T)0}; }
 
-  RG_HOST_DEVICE void add(T t) { merge({t, (T)1}); }
+  RG_HOST_DEVICE void add(T u, T scale) { merge({u, (T)1}, scale); }
 
-  // (m, s) + (m', s') = (M, s 2^(m - M) + s' 2^(m' - M)),  M = max(m, m').
-  RG_HOST_DEVICE void merge(OnlineSoftmax other) {
+  // (m, s) + (m', s') = (M, s 2^(scale (m - M)) + s' 2^(scale (m' - M))),  M = max(m, m').
+  RG_HOST_DEVICE void merge(OnlineSoftmax other, T scale) {
     if (other.max == -(T)INFINITY) return;
     if (max == -(T)INFINITY) {
       *this = other;
@@ -41,14 +42,14 @@ struct OnlineSoftmax {
     }
     // With a NaN on either side the comparison is false, the shift NaN, and the sum stays NaN.
     const bool keep = max >= other.max;
-    const T shift = ::exp2(keep ? other.max - max : max - other.max);
+    const T shift = ::exp2((keep ? other.max - max : max - other.max) * scale);
     sum = keep ? sum + other.sum * shift : sum * shift + other.sum;
     max = keep ? max : other.max;
   }
 
-  // log2 sum_i 2^(t_i)
-  RG_HOST_DEVICE double log2_sum() const {
-    return isfinite((double)max) ? (double)max + ::log2((double)sum) : (double)NAN;
+  // The maximum, or NaN where the values have no softmax: +inf among them, or nothing but -inf.
+  RG_HOST_DEVICE double finite_max() const {
+    return isfinite((double)max) ? (double)max : (double)NAN;
   }
 };
 

@@ -98,7 +98,7 @@ int64_t expert_log_prob(const ExpertLogProb& op, int threads) {
 
 void expert_log_prob_backward(const ExpertLogProbBackward& op, int threads) {
   over_logits(op.spec, threads, [&](int64_t k, int64_t begin, int64_t end) {
-    if (op.grad_logits[k].data) kernels().expert_log_prob_backward(op, k, begin, end);
+    kernels().expert_log_prob_backward(op, k, begin, end);
   });
 }
 

@@ -1,12 +1,13 @@
 // Expert log-probabilities: l[n, k] = z'[n, k, y] - log sum_v exp z'[n, k, v].
 //
-// Forward: one pass over the logits. Terms are 2^(a x - c) with a = log2(e) / temperature and c a
-// reference value, the maximum of the first 512 columns: no running rescale, one fused multiply-add
-// and one exp2 per column. If the sum is not finite the row is redone from its true maximum, and
-// what is still not finite (NaN, +inf, or nothing but -inf) ends as NaN in its own row and expert.
-// Backward: one read, one write; p is recomputed from the saved log-sum-exp.
-// Partial sums are float32 over at most 8192 columns, then float64.
-// Parallelisation: the caller hands out (expert, block of rows); rows are independent.
+// Forward: one pass over the logits. Terms are 2^(a u - a top) with u = z (or tanh(z / softcap)),
+// a = log2(e) softcap / temperature, and top the maximum of the first 512 columns and of the
+// target, which is the peak where a model is sure: no running rescale, one fused multiply-add and
+// one exp2 a column. A row whose sum comes out far from that (beyond 2^64, or not finite) is redone
+// from its true maximum; what is still not finite (NaN, +inf, or nothing but -inf) ends as NaN in
+// its own row and expert. Backward: one read, one write; p is recomputed from the saved
+// log-sum-exp. Partial sums are float32 over at most 8192 columns, then float64. Parallelisation:
+// the caller hands out (expert, block of rows); rows are independent.
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
@@ -22,42 +23,34 @@ constexpr int64_t kColumnsPerPartialSum = 8192;
 constexpr int kUnroll = 4;  // vectors in flight
 constexpr double kLog2EDouble = 1.4426950408889634;
 
-// Exponent of two of one logit: x * scale without softcap, tanh(x * inner) * scale with it.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kFusedMultiplyAdd = true;
+#else
+constexpr bool kFusedMultiplyAdd = false;
+#endif
+
+// Largest sum relative to a guessed maximum that is accepted: terms up to 2^64 err by 1.3e-6.
+constexpr double kLargestSum = 1.8446744073709552e19;
+
+// The logits' transform. An exponent of two is u * scale, u = x or tanh(x * inner).
 struct Exponent {
   float scale;
   float inner;
-  double natural;  // natural-log units of effective logits per unit of exponent
+  double unit;     // effective logits per unit of u: softcap / temperature
+  double natural;  // effective logits per unit of exponent; makes up for the rounding of scale
 
   explicit Exponent(const LogitsSpec& spec) {
     const double cap = spec.softcap > 0 ? spec.softcap : 1.0;
-    scale = (float)(cap * kLog2EDouble / spec.temperature);
+    unit = cap / spec.temperature;
+    scale = (float)(unit * kLog2EDouble);
     inner = (float)(1.0 / cap);
-    natural = cap / spec.temperature / (double)scale;
+    natural = unit / (double)scale;
   }
 };
 
-// The value that exponents are taken relative to. `exponent` is the one really subtracted, so a
-// rounded reference costs nothing; it comes close to the one asked for.
-struct Reference {
-  double exponent;
-  float value;  // subtracted from x * scale, or from x where products are rounded first
-
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  Reference(double wanted, const Exponent&) : exponent((float)wanted), value((float)wanted) {}
-#else
-  Reference(double wanted, const Exponent& e)
-      : exponent((double)(float)(wanted / e.scale) * e.scale), value((float)(wanted / e.scale)) {}
-#endif
-};
-
 template <bool kCap>
-inline Vec relative_exponent(Vec x, const Exponent& e, const Reference& reference) {
-  if constexpr (kCap) x = tanh(x * e.inner);
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return x * e.scale - reference.value;
-#else
-  return (x - reference.value) * e.scale;
-#endif
+inline Vec capped(Vec x, const Exponent& e) {
+  return kCap ? tanh(x * e.inner) : x;
 }
 
 inline int64_t row_offset(const LogitRows& rows, const LogitsSpec& spec, int64_t n) {
@@ -89,10 +82,15 @@ float row_max(const typename Loader<D>::Element* z, int64_t columns) {
   return result;
 }
 
-// sum_v 2^(exponent(z_v) - reference)
-template <DType D, bool kCap>
-double sum_exp2(const typename Loader<D>::Element* z, int64_t vocab, const Exponent& e,
-                const Reference& reference) {
+// sum_v 2^(scale (u_v - top)). The fused form subtracts the rounded product scale * top, one
+// instruction less; log2 of its sum is relative to that product.
+template <DType D, bool kCap, bool kFused>
+double sum_exp2(const typename Loader<D>::Element* z, int64_t vocab, const Exponent& e, float top) {
+  const float shift = top * e.scale;
+  const auto term = [&](Vec x) {
+    const Vec u = capped<kCap>(x, e);
+    return kFused ? u * e.scale - shift : (u - top) * e.scale;
+  };
   constexpr int kPerLoad = Loader<D>::kPerLoad;
   constexpr int kLoads = kUnroll / kPerLoad;
   constexpr int64_t kLoadStep = kLanes * kPerLoad;
@@ -108,7 +106,7 @@ double sum_exp2(const typename Loader<D>::Element* z, int64_t vocab, const Expon
       Vec x[kUnroll];
       for (int i = 0; i < kLoads; ++i) Loader<D>::load(z + v + i * kLoadStep, x + i * kPerLoad);
       for (int i = 0; i < kUnroll; ++i) {
-        sum[i] += exp2<kDegree>(relative_exponent<kCap>(x[i], e, reference));
+        sum[i] += exp2<kDegree>(term(x[i]));
       }
     }
     for (int i = 0; i < kUnroll; ++i) total += widen(sum[i]);
@@ -116,42 +114,50 @@ double sum_exp2(const typename Loader<D>::Element* z, int64_t vocab, const Expon
   float tail[kLanes * kUnroll] = {};
   widen_tail<D>(z + v, vocab - v, tail);
   for (int64_t i = 0; v + i < vocab; i += kLanes) {
-    const Vec term = exp2(relative_exponent<kCap>(load<Vec>(tail + i), e, reference));
-    total += widen(lane_index() < (float)(vocab - v - i) ? term : Vec{});
+    const Vec value = exp2(term(load<Vec>(tail + i)));
+    total += widen(lane_index() < (float)(vocab - v - i) ? value : Vec{});
   }
   return sum_lanes(total);
-}
-
-template <DType D, bool kCap>
-double row_log_sum_exp(const typename Loader<D>::Element* z, int64_t vocab, const Exponent& e) {
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    const bool whole_row = attempt == 1 || vocab < kReferenceColumns;
-    const float top = row_max<D>(z, whole_row ? vocab : kReferenceColumns);
-    if (!(top - top == 0)) continue;  // infinite
-    const double capped = kCap ? ::tanh((double)top * e.inner) : (double)top;
-    const Reference reference(capped * e.scale, e);
-    const double sum = sum_exp2<D, kCap>(z, vocab, e, reference);
-    if (sum > 0 && sum < (double)INFINITY) {
-      return (reference.exponent + ::log2(sum)) * e.natural;
-    }
-  }
-  return NAN;
-}
-
-template <DType D, bool kCap>
-double effective_logit(typename Loader<D>::Element z, const LogitsSpec& spec) {
-  const double x = Loader<D>::to_float(z);
-  return (kCap ? spec.softcap * ::tanh(x / spec.softcap) : x) / spec.temperature;
 }
 
 inline double effective_logit(double x, const LogitsSpec& spec) {
   return (spec.softcap > 0 ? spec.softcap * ::tanh(x / spec.softcap) : x) / spec.temperature;
 }
 
-double row_log_sum_exp(const double* z, const LogitsSpec& spec) {
+// log sum_v exp z'_v = reference + log_sum; kept apart so that z'_y - reference is exact however
+// large the logits are.
+struct LogSumExp {
+  double reference;
+  double log_sum;
+};
+
+template <DType D, bool kCap>
+LogSumExp row_log_sum_exp(const typename Loader<D>::Element* z, int64_t target, int64_t vocab,
+                          const Exponent& e) {
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    const bool guess = attempt == 0;
+    const bool partial = guess && vocab > kReferenceColumns;
+    float top = row_max<D>(z, partial ? kReferenceColumns : vocab);
+    if (const float y = Loader<D>::to_float(z[target]); y > top) top = y;
+    if (kCap) top = (float)::tanh((double)top * e.inner);
+    if (!(top - top == 0)) continue;  // infinite
+    const bool fused = guess && kFusedMultiplyAdd;
+    const double sum = fused ? sum_exp2<D, kCap, kFusedMultiplyAdd>(z, vocab, e, top)
+                             : sum_exp2<D, kCap, false>(z, vocab, e, top);
+    if (sum > 0 && sum < (guess ? kLargestSum : (double)INFINITY)) {
+      const double exponent = fused ? (double)(top * e.scale) : (double)top * e.scale;
+      return {exponent * e.natural, ::log2(sum) * e.natural};
+    }
+  }
+  return {NAN, NAN};
+}
+
+LogSumExp row_log_sum_exp(const double* z, const LogitsSpec& spec) {
   auto state = OnlineSoftmax<double>::empty();
-  for (int64_t v = 0; v < spec.vocab; ++v) state.add(effective_logit(z[v], spec) * kLog2EDouble);
-  return state.log2_sum() / kLog2EDouble;
+  for (int64_t v = 0; v < spec.vocab; ++v) {
+    state.add(effective_logit(z[v], spec), kLog2EDouble);
+  }
+  return {state.finite_max(), ::log2(state.sum) / kLog2EDouble};
 }
 
 // dz[v] = -coefficient p_v (dz'/dz) for every column, then the target column, then 0 on padding.
@@ -161,18 +167,16 @@ void row_backward(const typename Loader<D>::Element* z, typename Loader<D>::Elem
                   const Exponent& e) {
   constexpr int kPerLoad = Loader<D>::kPerLoad;
   constexpr int64_t kStep = kLanes * kPerLoad;
-  const Reference reference(lse / e.natural, e);
-  // 2^reference differs from e^lse by the rounding of the reference: give it back to the factor.
-  const double correction = ::exp2(reference.exponent - lse / e.natural);
+  // log2 p = scale (u - top) - residual, with top near the log-sum-exp in units of u: the
+  // difference is exact where p is not negligible, however large the logits are.
+  const float top = (float)(lse / e.unit);
+  const float residual = (float)((lse - (double)top * e.unit) / e.natural);
   const double coefficient = grad / spec.temperature;
-  const Vec factor = splat((float)(-coefficient * correction));
+  const Vec factor = splat((float)-coefficient);
   const auto gradient = [&](Vec x) {
-    Vec dz = factor * exp2(relative_exponent<kCap>(x, e, reference));
-    if constexpr (kCap) {
-      const Vec th = tanh(x * e.inner);  // the same subexpression as in the exponent
-      dz *= 1.0f - th * th;
-    }
-    return dz;
+    const Vec u = capped<kCap>(x, e);
+    const Vec dz = factor * exp2((u - top) * e.scale - residual);
+    return kCap ? dz * (1.0f - u * u) : dz;
   };
   int64_t v = 0;
   for (; v + kStep <= spec.vocab; v += kStep) {
@@ -188,9 +192,10 @@ void row_backward(const typename Loader<D>::Element* z, typename Loader<D>::Elem
   }
   for (int64_t i = 0; v + i < spec.vocab; ++i) dz[v + i] = Loader<D>::from_float(tail[i]);
 
-  const double zy = effective_logit<D, kCap>(z[target], spec);
-  const double th = kCap ? ::tanh((double)Loader<D>::to_float(z[target]) / spec.softcap) : 0.0;
-  dz[target] = Loader<D>::from_float((float)(-coefficient * expm1(zy - lse) * (1.0 - th * th)));
+  const double zy = Loader<D>::to_float(z[target]);
+  const double th = kCap ? ::tanh(zy / spec.softcap) : 0.0;
+  dz[target] = Loader<D>::from_float(
+      (float)(-coefficient * expm1(effective_logit(zy, spec) - lse) * (1.0 - th * th)));
 }
 
 void row_backward(const double* z, double* dz, int64_t target, double lse, double grad,
@@ -222,10 +227,16 @@ int64_t for_each_row(const LogitsSpec& spec, const int64_t* target, int64_t begi
 }
 
 template <typename Stat>
-void write_pair(const ExpertLogProb& op, int64_t n, int64_t k, double target_logit, double lse) {
-  if (lse < target_logit) lse = target_logit;  // rounding: no probability exceeds 1
-  ((Stat*)op.log_prob)[n * op.spec.experts + k] = (Stat)(target_logit - lse);
+void write(const ExpertLogProb& op, int64_t n, int64_t k, double log_prob, double lse) {
+  ((Stat*)op.log_prob)[n * op.spec.experts + k] = (Stat)log_prob;
   op.lse[n * op.spec.experts + k] = lse;
+}
+
+template <typename Stat>
+void write(const ExpertLogProb& op, int64_t n, int64_t k, double target_logit, LogSumExp sum) {
+  double log_prob = (target_logit - sum.reference) - sum.log_sum;
+  if (log_prob > 0) log_prob = 0;  // rounding: no probability exceeds 1
+  write<Stat>(op, n, k, log_prob, sum.reference + sum.log_sum);
 }
 
 template <DType D, bool kCap>
@@ -234,21 +245,21 @@ int64_t forward(const ExpertLogProb& op, int64_t k, int64_t begin, int64_t end) 
   const Exponent e(op.spec);
   const Element* base = (const Element*)op.logits[k].data;
   return for_each_row(
-      op.spec, op.target, begin, end, [&](int64_t n) { write_pair<float>(op, n, k, 0, 0); },
+      op.spec, op.target, begin, end, [&](int64_t n) { write<float>(op, n, k, 0.0, 0.0); },
       [&](int64_t n, int64_t y) {
         const Element* z = base + row_offset(op.logits[k], op.spec, n);
-        write_pair<float>(op, n, k, effective_logit<D, kCap>(z[y], op.spec),
-                          row_log_sum_exp<D, kCap>(z, op.spec.vocab, e));
+        write<float>(op, n, k, effective_logit(Loader<D>::to_float(z[y]), op.spec),
+                     row_log_sum_exp<D, kCap>(z, y, op.spec.vocab, e));
       });
 }
 
 int64_t forward_float64(const ExpertLogProb& op, int64_t k, int64_t begin, int64_t end) {
   const double* base = (const double*)op.logits[k].data;
   return for_each_row(
-      op.spec, op.target, begin, end, [&](int64_t n) { write_pair<double>(op, n, k, 0, 0); },
+      op.spec, op.target, begin, end, [&](int64_t n) { write<double>(op, n, k, 0.0, 0.0); },
       [&](int64_t n, int64_t y) {
         const double* z = base + row_offset(op.logits[k], op.spec, n);
-        write_pair<double>(op, n, k, effective_logit(z[y], op.spec), row_log_sum_exp(z, op.spec));
+        write<double>(op, n, k, effective_logit(z[y], op.spec), row_log_sum_exp(z, op.spec));
       });
 }
 

@@ -14,7 +14,7 @@ namespace robustgate {
 namespace RG_ISA {
 namespace {
 
-constexpr int64_t kBuffer = 2048;  // terms; one row is processed alone when K is larger
+constexpr int64_t kBuffer = 512;  // terms; one row is processed alone when K is larger
 
 void exp_in_place(float* x, int64_t count) {
   int64_t i = 0;
@@ -96,9 +96,13 @@ void for_each_block(const MixtureLogProb& op, int64_t begin, int64_t end, Body b
         for (int64_t r = 0; r < count; ++r) {
           memcpy(block.terms + r * experts, gate + (n + r) * op.gate_stride, experts * sizeof(T));
         }
-        row_log_sum_exp(block.terms, block.work, block.row_value, count, experts);
-        for (int64_t i = 0; i < count * experts; ++i) {
-          block.log_gate[i] = block.terms[i] - block.row_value[i / experts];
+        exp_relative_to_max(block.terms, block.work, block.row_value, count, experts);
+        for (int64_t r = 0; r < count; ++r) {
+          // (a - top) - log sum: large gate logits lose nothing.
+          const T log_sum = (T)::log(row_sum(block.work, r, experts));
+          for (int64_t i = r * experts; i < (r + 1) * experts; ++i) {
+            block.log_gate[i] = (block.terms[i] - block.row_value[r]) - log_sum;
+          }
         }
       }
       const T* log_prob = (const T*)op.log_prob + n * experts;

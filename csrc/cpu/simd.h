@@ -167,7 +167,6 @@ struct Loader<DType::kFloat32> {
   static void store(Element* p, const Vec in[1]) { RG_ISA::store(p, in[0]); }
   static float to_float(Element x) { return x; }
   static Element from_float(float x) { return x; }
-  static constexpr Element kNegativeInfinity = -INFINITY;
 };
 
 // Two bfloat16 share a 32-bit word: even elements are its low half, odd ones its high half.
@@ -194,7 +193,6 @@ struct Loader<DType::kBFloat16> {
     return RG_ISA::load<float>(&bits);
   }
   static Element from_float(float x) { return (Element)(round(splat(x))[0] >> 16); }
-  static constexpr Element kNegativeInfinity = 0xff80;
 };
 
 template <>
@@ -242,7 +240,6 @@ struct Loader<DType::kFloat16> {
     bits += 0xc8000fffu + ((bits >> 13) & 1u);  // rebias by -112, round half to even
     return (Element)(sign | (bits >> 13));
   }
-  static constexpr Element kNegativeInfinity = 0xfc00;
 };
 
 }  // namespace RG_ISA

@@ -57,7 +57,7 @@ __device__ __forceinline__ float to_statistic<float>(__half x) {
   return __half2float(x);
 }
 
-// Effective logit in units of log 2: z' log2(e).
+// The logits' transform: exponents of two are u * scale, u = z or tanh(z / softcap).
 template <typename S, bool kCap>
 struct Exponent {
   S scale, inner;
@@ -66,27 +66,28 @@ struct Exponent {
       : scale(static_cast<S>((kCap ? spec.softcap : 1.0) * kLog2E / spec.temperature)),
         inner(static_cast<S>(kCap ? 1.0 / spec.softcap : 1.0)) {}
 
-  __device__ S operator()(S z) const { return kCap ? ::tanh(z * inner) * scale : z * scale; }
+  __device__ S operator()(S z) const { return kCap ? ::tanh(z * inner) : z; }
 };
 
 // Adds kCount values at once: one rescale for all of them instead of one each.
 template <int kCount, typename S>
-__device__ __forceinline__ void add_many(OnlineSoftmax<S>& state, const S (&t)[kCount]) {
-  S top = t[0];
+__device__ __forceinline__ void add_many(OnlineSoftmax<S>& state, const S (&u)[kCount], S scale) {
+  S top = u[0];
 #pragma unroll
-  for (int i = 1; i < kCount; ++i) top = fmax(top, t[i]);  // drops NaN, which the sum keeps
+  for (int i = 1; i < kCount; ++i) top = fmax(top, u[i]);  // drops NaN, which the sum keeps
   if (top == -static_cast<S>(INFINITY)) top = 0;           // only -inf or NaN: exp2 gives 0 or NaN
   S sum = 0;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) sum += ::exp2(t[i] - top);
-  if (sum != 0) state.merge({top, sum});
+  for (int i = 0; i < kCount; ++i) sum += ::exp2((u[i] - top) * scale);
+  if (sum != 0) state.merge({top, sum}, scale);
 }
 
 template <typename S>
-__device__ __forceinline__ OnlineSoftmax<S> merge_warp(OnlineSoftmax<S> state) {
+__device__ __forceinline__ OnlineSoftmax<S> merge_warp(OnlineSoftmax<S> state, S scale) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) {
-    state.merge({__shfl_down_sync(~0u, state.max, lane), __shfl_down_sync(~0u, state.sum, lane)});
+    state.merge({__shfl_down_sync(~0u, state.max, lane), __shfl_down_sync(~0u, state.sum, lane)},
+                scale);
   }
   return state;
 }
@@ -124,8 +125,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t packs = (vocab - head) / kPack;
   const int64_t tail = head + packs * kPack;
   const auto add_one = [&](int64_t v) {
-    const S t[1] = {exponent(to_statistic<S>(z[v]))};
-    add_many(state, t);
+    const S u[1] = {exponent(to_statistic<S>(z[v]))};
+    add_many(state, u, exponent.scale);
   };
   if (threadIdx.x < head) add_one(threadIdx.x);
   if (tail + threadIdx.x < vocab) add_one(tail + threadIdx.x);
@@ -133,10 +134,10 @@ __global__ void __launch_bounds__(kThreads)
   const uint4* packed = reinterpret_cast<const uint4*>(z + head);
   const auto add_pack = [&](uint4 bits) {
     const T* values = reinterpret_cast<const T*>(&bits);
-    S t[kPack];
+    S u[kPack];
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) t[i] = exponent(to_statistic<S>(values[i]));
-    add_many(state, t);
+    for (int i = 0; i < kPack; ++i) u[i] = exponent(to_statistic<S>(values[i]));
+    add_many(state, u, exponent.scale);
   };
   int64_t p = threadIdx.x;
   for (; p + kThreads < packs; p += 2 * kThreads) {
@@ -148,20 +149,23 @@ __global__ void __launch_bounds__(kThreads)
   if (p < packs) add_pack(__ldg(packed + p));
 
   __shared__ OnlineSoftmax<S> warp_state[kWarps];
-  state = merge_warp(state);
+  state = merge_warp(state, exponent.scale);
   if (threadIdx.x % 32 == 0) warp_state[threadIdx.x / 32] = state;
   __syncthreads();
   if (threadIdx.x < 32) {
-    state = merge_warp(threadIdx.x < kWarps ? warp_state[threadIdx.x] : OnlineSoftmax<S>::empty());
+    state = merge_warp(threadIdx.x < kWarps ? warp_state[threadIdx.x] : OnlineSoftmax<S>::empty(),
+                       exponent.scale);
     if (threadIdx.x == 0) {
-      // `scale` was rounded to S: dividing by the same rounded value keeps units consistent.
       const double cap = kCap ? a.spec.softcap : 1.0;
-      const double natural = cap / a.spec.temperature / static_cast<double>(exponent.scale);
-      const double lse = state.log2_sum() * natural;
+      const double unit = cap / a.spec.temperature;  // effective logits per unit of u
+      // `scale` was rounded to S: log2 of the sum is in units of the same rounded value.
+      const double natural = unit / static_cast<double>(exponent.scale);
+      const double max = state.finite_max();
+      const double log_sum = ::log2(static_cast<double>(state.sum)) * natural;
       const double zy = static_cast<double>(to_statistic<S>(z[y]));
-      const double capped = kCap ? cap * ::tanh(zy / cap) : zy;
-      a.lse[out] = lse;
-      log_prob[out] = static_cast<S>(capped / a.spec.temperature - lse);
+      const double target = ((kCap ? ::tanh(zy / cap) : zy) - max) * unit - log_sum;
+      a.lse[out] = max * unit + log_sum;
+      log_prob[out] = static_cast<S>(target > 0 ? 0.0 : target);  // no probability exceeds 1
     }
   }
 }

@@ -10,9 +10,14 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     error = cudaGetDevice(&previous_);
-    if (error == cudaSuccess && previous_ != device) error = cudaSetDevice(device);
+    if (error == cudaSuccess && previous_ != device) {
+      error = cudaSetDevice(device);
+      changed_ = true;
+    }
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
@@ -20,6 +25,7 @@ class DeviceGuard {
 
  private:
   int previous_ = 0;
+  bool changed_ = false;
 };
 
 inline const char* launch_error() {

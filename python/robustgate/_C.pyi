@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-# (data pointer, outer stride, inner stride) of each expert, flat; null: gradient not asked for.
+# (data pointer, outer stride, inner stride) of each expert, flat.
 _Rows = Sequence[int]
 # (rows, inner_rows, vocab, ignore_index, temperature, softcap or 0, dtype code)
 _Spec = tuple[int, int, int, int, float, float, int]

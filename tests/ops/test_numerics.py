@@ -141,21 +141,86 @@ def test_near_equal_experts(dtype, distance):
     assert error <= 2e-3 * exact.grad.norm() + 1e-6 * math.sqrt(32)
 
 
-@pytest.mark.parametrize("gap", [10.0, 25.0, 100.0])
-def test_saturated_rows(gap):
-    """p near 1: the log-prob is never positive, and 1 - p is right to float32 rounding of 1."""
-    z = torch.zeros(64, 100)
-    z[:, 7] = gap
+@pytest.mark.parametrize("gap", [10.0, 25.0, 60.0, 100.0])
+@pytest.mark.parametrize(("vocab", "peak"), [(100, 7), (1000, 700)])
+def test_saturated_rows(gap, vocab, peak):
+    """p near 1: the log-prob is never positive, and 1 - p is right to float32 rounding of 1.
+
+    Also where the peak lies beyond the 512 columns that the reference value comes from.
+    """
+    z = torch.zeros(64, vocab)
+    z[:, peak] = gap
     z += torch.randn(64, 1)  # as many roundings of the reference
     z.requires_grad_()
-    log_prob = rg.expert_log_prob([z], torch.full((64,), 7))
+    log_prob = rg.expert_log_prob([z], torch.full((64,), peak))
     assert (log_prob <= 0).all()
     log_prob.sum().backward()
-    one_minus_p = 99 / (99 + torch.exp(z.detach()[:, 7] - z.detach()[:, 0]).double())
+    odds = torch.exp((z.detach()[:, peak] - z.detach()[:, 0]).double())
+    one_minus_p = (vocab - 1) / (vocab - 1 + odds)
     torch.testing.assert_close(
         log_prob[:, 0].double(), torch.log1p(-one_minus_p), atol=1.2e-7, rtol=1e-5
     )
-    torch.testing.assert_close(z.grad[:, 7].double(), one_minus_p, atol=1.2e-7, rtol=1e-5)
+    torch.testing.assert_close(z.grad[:, peak].double(), one_minus_p, atol=1.2e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [20.0, 40.0, 80.0])
+def test_peak_that_is_not_the_target(gap):
+    """The reference value misses the peak by ``gap`` nats: still right to two ulps."""
+    z = torch.randn(64, 1000)
+    z[:, 700] += gap
+    got = rg.expert_log_prob([z], torch.full((64,), 3))[:, 0].double()
+    want = torch.log_softmax(z.double(), -1)[:, 3]
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1.2e-7)
+
+
+@pytest.mark.parametrize("value", [1e10, -1e10, 1e30, -3.3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_constant_rows_of_any_size(value, dtype):
+    """A mask that fills a whole row with the lowest number is a uniform row, not NaN."""
+    z = torch.full((2, 600), value).to(dtype)
+    got = rg.expert_log_prob([z], torch.tensor([0, 599]))
+    torch.testing.assert_close(got, torch.full((2, 1), -math.log(600.0)), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-3, 1e3])
+def test_extreme_temperatures(temperature):
+    case = make((8,), 1, 300)
+    z = case.logits[0].requires_grad_()
+    log_prob = rg.expert_log_prob([z], case.target, temperature=temperature)
+    want = true_expert_log_prob(case, temperature=temperature)
+    torch.testing.assert_close(log_prob.double(), want, atol=8e-6, rtol=2e-7)
+    log_prob.sum().backward()
+    assert torch.isfinite(z.grad).all()
+
+
+@pytest.mark.parametrize("bad", [INF, -INF])
+@pytest.mark.parametrize("column", [0, 700])
+def test_softcap_makes_infinities_finite(bad, column):
+    """With a softcap +-inf is +-softcap, as tanh says, wherever it stands."""
+    z = torch.randn(1, 1000)
+    z[0, column] = bad
+    got = rg.expert_log_prob([z], torch.tensor([5]), softcap=5.0)
+    capped = 5.0 * torch.tanh(z.double() / 5.0)
+    torch.testing.assert_close(
+        got[0, 0].double(), torch.log_softmax(capped, -1)[0, 5], atol=8e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e6])
+def test_large_gate_logits(offset):
+    """Adding a constant to the gate's logits changes nothing, in value or gradient.
+
+    The offset itself rounds the gate logits, so the truth takes them as they came out.
+    """
+    log_prob = torch.randn(16, 3) * 5 - 30
+    gate = (torch.randn(16, 3) + offset).requires_grad_()
+    value = rg.mixture_log_prob(log_prob, gate)
+    value.sum().backward()
+    exact = gate.detach().double().requires_grad_()
+    want = torch.logsumexp(torch.log_softmax(exact, -1) + log_prob.double(), -1)
+    want.sum().backward()
+    torch.testing.assert_close(value.double(), want, atol=8e-6, rtol=0)
+    torch.testing.assert_close(gate.grad.double(), exact.grad, atol=2e-6, rtol=1e-5)
 
 
 def test_mixture_log_prob_special_values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,13 +25,11 @@ class Contention:
     Attributes:
         utilisation: processor time / (wall time x threads) of a compute-bound parallel loop.
         barrier_p99: 99th percentile of a small parallel call, us; a waiting barrier shows here.
-        load: processes running on the machine besides this one's threads.
     """
 
     threads: int
     utilisation: float
     barrier_p99: float
-    load: float
 
     @property
     def contended(self) -> bool:
@@ -55,12 +52,7 @@ def contention() -> Contention:
         begin = time.perf_counter()
         small.exp()
         barriers.append((time.perf_counter() - begin) * 1e6)
-    return Contention(
-        threads,
-        used / (wall * threads),
-        sorted(barriers)[296],
-        max(0.0, os.getloadavg()[0] - threads),
-    )
+    return Contention(threads, used / (wall * threads), sorted(barriers)[296])
 
 
 def _synchronise(device: torch.device) -> None:

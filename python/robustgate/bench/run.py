@@ -90,8 +90,8 @@ def measure(
 ) -> list[Row]:
     """Measure every variant of ``mixture_nll`` on one shape.
 
-    A variant whose result is wrong is reported as wrong and never timed. The canary runs before and
-    after; a row taken while a neighbour was busy is marked ``contended``.
+    A variant whose result is wrong is an error, before anything is timed. The canary runs before
+    and after; a row taken while a neighbour was busy is marked ``contended``.
     """
     torch._dynamo.reset()  # one compilation per measurement, none hits the recompile limit
     functions = mixture_nll.variants()

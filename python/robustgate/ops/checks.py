@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _INTEGER = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
@@ -15,13 +15,15 @@ LogitsArgument = Tensor | Sequence[Tensor]
 
 
 def refuse_transforms(op: str) -> None:
-    """Raise inside ``torch.func`` transforms: an opaque kernel would be differentiated wrongly."""
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    """Raise where an opaque kernel would be differentiated wrongly, and in silence."""
+    if torch._C._functorch.maybe_current_level() is not None:
         raise RuntimeError(
             f"robustgate.{op} does not support torch.func transforms (grad, vmap, jvp, ...); "
             "use torch.autograd, or pass a leading batch dimension instead of vmap"
+        )
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"robustgate.{op} does not support forward-mode differentiation; use torch.autograd"
         )
 
 
@@ -94,11 +96,25 @@ def _check_expert(op: str, k: int, expert: Tensor) -> None:
         raise ValueError(f"{op}: logits[{k}] must be [..., V], got a scalar")
 
 
+def _describe(argument: object) -> str:
+    if not isinstance(argument, Tensor):
+        return type(argument).__name__
+    dense = argument.layout is torch.strided
+    return str(argument.dtype) if dense else f"{argument.dtype} ({argument.layout})"
+
+
+def _is_dense(argument: object, dtypes: frozenset[torch.dtype]) -> bool:
+    return (
+        isinstance(argument, Tensor)
+        and argument.dtype in dtypes
+        and argument.layout is torch.strided
+    )
+
+
 def check_target(op: str, target: Tensor, experts: list[Tensor]) -> Tensor:
     """Return the target as int64 [...], the leading shape of the logits."""
-    if not isinstance(target, Tensor) or target.dtype not in _INTEGER:
-        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"{op}: target must be an integer tensor, got {got}")
+    if not _is_dense(target, _INTEGER):
+        raise TypeError(f"{op}: target must be a dense integer tensor, got {_describe(target)}")
     leading = experts[0].shape[:-1]
     if target.shape != leading:
         raise ValueError(
@@ -112,9 +128,10 @@ def check_target(op: str, target: Tensor, experts: list[Tensor]) -> Tensor:
 
 def check_gate(op: str, gate_logits: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
     """Return gate logits [K] or ``shape`` = [..., K] in the dtype of the statistics of ``like``."""
-    if not isinstance(gate_logits, Tensor) or gate_logits.dtype not in _FLOATING:
-        got = gate_logits.dtype if isinstance(gate_logits, Tensor) else type(gate_logits).__name__
-        raise TypeError(f"{op}: gate_logits must be a floating-point tensor, got {got}")
+    if not _is_dense(gate_logits, _FLOATING):
+        raise TypeError(
+            f"{op}: gate_logits must be a dense floating-point tensor, got {_describe(gate_logits)}"
+        )
     if gate_logits.device != like.device:
         raise ValueError(
             f"{op}: gate_logits are on {gate_logits.device}, log-probs on {like.device}"
@@ -128,16 +145,37 @@ def check_gate(op: str, gate_logits: Tensor, shape: Sequence[int], like: Tensor)
     return gate_logits if gate_logits.dtype == dtype else gate_logits.to(dtype)
 
 
+def check_log_prob(op: str, log_prob: Tensor) -> None:
+    """Check experts' log-probabilities, [..., K]."""
+    if not _is_dense(log_prob, _FLOATING):
+        raise TypeError(
+            f"{op}: expert_log_prob must be a dense floating-point tensor, "
+            f"got {_describe(log_prob)}"
+        )
+    if log_prob.dim() < 1 or log_prob.shape[-1] < 1:
+        raise ValueError(
+            f"{op}: expert_log_prob must be [..., K] with K >= 1, got shape {list(log_prob.shape)}"
+        )
+
+
 def check_transform(op: str, temperature: float, softcap: float | None) -> None:
     """Check the scalars of ``z' = softcap * tanh(z / softcap) / temperature``."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
+    for name, value in (("temperature", temperature), ("softcap", softcap)):
+        if value is None and name == "softcap":
+            continue
+        if isinstance(value, Tensor) or value is None:
+            raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+        if not 1e-30 < value < 1e30:
+            raise ValueError(f"{op}: {name} must be between 1e-30 and 1e30, got {value}")
+
+
+def check_reduction(op: str, reduction: str) -> None:
+    """Check the name of a reduction."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
 
 
 def reduce(
-    op: str,
     values: Tensor,  # [...]
     target: Tensor,  # [...]
     ignore_index: int,
@@ -148,7 +186,5 @@ def reduce(
         return values
     if reduction == "sum":
         return values.sum()
-    if reduction == "mean":
-        count = torch.count_nonzero(target != ignore_index)
-        return values.sum() / count.clamp_min(1)
-    raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    count = torch.count_nonzero(target != ignore_index)
+    return values.sum() / count.clamp_min(1)

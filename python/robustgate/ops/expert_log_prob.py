@@ -26,14 +26,9 @@ def _fake_backward(
     logits: Sequence[Tensor],
     target: Tensor,
     lse: Tensor,
-    needs_grad: Sequence[bool],
     *settings: Any,
 ) -> list[Tensor]:
-    return [
-        torch.empty_like(z, memory_format=torch.contiguous_format)
-        for z, needed in zip(logits, needs_grad, strict=True)
-        if needed
-    ]
+    return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in logits]
 
 
 def check_target_range(target: Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -69,10 +64,9 @@ def _eager_backward(
     logits: Sequence[Tensor],
     target: Tensor,
     lse: Tensor,
-    needs_grad: Sequence[bool],
     *settings: Any,
 ) -> list[Tensor]:
-    return reference.expert_log_prob_backward(grad, logits, target, needs_grad, *settings)
+    return reference.expert_log_prob_backward(grad, logits, target, *settings)
 
 
 _SETTINGS = "SymInt vocab_size, int ignore_index, float temperature, float? softcap"
@@ -83,26 +77,32 @@ _expert_log_prob = define(
 )
 _expert_log_prob_backward = define(
     "expert_log_prob_backward(Tensor grad, Tensor[] logits, Tensor target, Tensor lse, "
-    f"bool[] needs_grad, {_SETTINGS}) -> Tensor[]",
+    f"{_SETTINGS}) -> Tensor[]",
     _fake_backward,
     _eager_backward,
 )
 
 
+def trainable(logits: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
+    """Return the logits that need a gradient: a backward pass keeps and reads no others."""
+    return [z for z, needed in zip(logits, needs_grad, strict=True) if needed]
+
+
 def logits_gradients(
     grad: Tensor,  # [..., K]
-    logits: Sequence[Tensor],  # K x [..., >= V]
+    logits: Sequence[Tensor],  # those that need a gradient, [..., >= V] each
     target: Tensor,  # [...]
     lse: Tensor,  # [..., K]
     needs_grad: Sequence[bool],  # K
     settings: tuple[Any, ...],
 ) -> list[Tensor | None]:
     """Return dL/dz for the experts that need it, None for the others."""
-    if not any(needs_grad):
+    if not logits:
         return [None] * len(needs_grad)
-    grads = iter(
-        _expert_log_prob_backward(grad, list(logits), target, lse, list(needs_grad), *settings)
-    )
+    if len(logits) < len(needs_grad):
+        columns = [k for k, needed in enumerate(needs_grad) if needed]
+        grad, lse = grad[..., columns], lse[..., columns]
+    grads = iter(_expert_log_prob_backward(grad.contiguous(), list(logits), target, lse, *settings))
     return [next(grads) if needed else None for needed in needs_grad]
 
 
@@ -111,7 +111,7 @@ class _ExpertLogProb(torch.autograd.Function):
     def forward(ctx: Any, target: Tensor, settings: tuple[Any, ...], *logits: Tensor) -> Tensor:
         log_prob: Tensor
         log_prob, lse = _expert_log_prob(list(logits), target, *settings)
-        ctx.save_for_backward(target, lse, *logits)
+        ctx.save_for_backward(target, lse, *trainable(logits, ctx.needs_input_grad[2:]))
         ctx.settings = settings
         return log_prob
 
@@ -123,7 +123,7 @@ class _ExpertLogProb(torch.autograd.Function):
         return (
             None,
             None,
-            *logits_gradients(grad.contiguous(), logits, target, lse, needs_grad, ctx.settings),
+            *logits_gradients(grad, logits, target, lse, needs_grad, ctx.settings),
         )
 
 

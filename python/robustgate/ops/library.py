@@ -19,6 +19,7 @@ BACKENDS = ("auto", "eager", "native", "triton")
 
 _library = torch.library.Library("robustgate", "DEF")
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_EVERY_DEVICE = "CompositeExplicitAutograd"
 
 Kernel = Callable[..., Any]
 
@@ -79,8 +80,8 @@ def define(schema: str, fake: Kernel, eager: Kernel) -> Kernel:
     name = schema.partition("(")[0]
     _library.define(schema)
     torch.library.register_fake(f"robustgate::{name}", fake, lib=_library)
-    _library.impl(name, eager, "CompositeExplicitAutograd")
     _defaults[name] = eager
+    _library.impl(name, _choosing(name, {"auto": eager, "eager": eager}), _EVERY_DEVICE)
     op: Kernel = getattr(torch.ops.robustgate, name).default
     return op
 
@@ -93,17 +94,22 @@ def register_kernel(name: str, device_type: str, backend_name: str, kernel: Kern
         return
     table = {"auto": kernel, backend_name: kernel, "eager": _defaults[name]}
     _kernels[name, device_type] = table
+    _library.impl(name, _choosing(name, table), _DISPATCH_KEYS[device_type])
+
+
+def _choosing(name: str, table: dict[str, Kernel]) -> Kernel:
+    """Return the kernel that looks up the requested backend when it is called."""
 
     def run(*args: Any) -> Any:
         chosen = table.get(_requested)
         if chosen is None:
             raise RuntimeError(
-                f"robustgate.{name}: backend {_requested!r} has no kernel for {device_type} "
-                f"tensors (available: {', '.join(table)})"
+                f"robustgate.{name}: backend {_requested!r} has no kernel for these tensors "
+                f"(available: {', '.join(table)}); `robustgate env` says why"
             )
         return chosen(*args)
 
-    _library.impl(name, run, _DISPATCH_KEYS[device_type])
+    return run
 
 
 def serving(device_type: str) -> dict[str, list[str]]:

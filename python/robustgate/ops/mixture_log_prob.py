@@ -94,14 +94,7 @@ def mixture_log_prob(
     """
     op = "mixture_log_prob"
     checks.refuse_transforms(op)
-    if not isinstance(expert_log_prob, Tensor) or not expert_log_prob.is_floating_point():
-        got = getattr(expert_log_prob, "dtype", type(expert_log_prob).__name__)
-        raise TypeError(f"{op}: expert_log_prob must be a floating-point tensor, got {got}")
-    if expert_log_prob.dim() < 1 or expert_log_prob.shape[-1] < 1:
-        raise ValueError(
-            f"{op}: expert_log_prob must be [..., K] with K >= 1, "
-            f"got shape {list(expert_log_prob.shape)}"
-        )
+    checks.check_log_prob(op, expert_log_prob)
     gate = checks.check_gate(op, gate_logits, expert_log_prob.shape, expert_log_prob)
     log_prob = expert_log_prob.to(gate.dtype)
     if torch.is_grad_enabled() and (log_prob.requires_grad or gate.requires_grad):

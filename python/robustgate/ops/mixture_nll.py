@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from robustgate.ops import checks, reference
-from robustgate.ops.expert_log_prob import check_target_range, logits_gradients
+from robustgate.ops.expert_log_prob import check_target_range, logits_gradients, trainable
 from robustgate.ops.library import define
 from robustgate.ops.mixture_log_prob import gate_gradient
 
@@ -98,30 +98,25 @@ class _MixtureNLL(torch.autograd.Function):
         nll: Tensor
         nll, log_prob, lse = _mixture_nll(list(logits), gate_logits, target, *settings)
         # Frozen experts: the [N, K] values are all the backward pass needs.
-        kept = (lse, *logits) if any(ctx.needs_input_grad[3:]) else ()
-        ctx.save_for_backward(gate_logits, target, log_prob, *kept)
+        ctx.save_for_backward(
+            gate_logits, target, log_prob, lse, *trainable(logits, ctx.needs_input_grad[3:])
+        )
         ctx.settings = settings
         return nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate_logits, target, log_prob, *kept = ctx.saved_tensors
+        gate_logits, target, log_prob, lse, *logits = ctx.saved_tensors
         grad_log_prob, grad_gate = _mixture_nll_backward(
             grad.contiguous(), log_prob, gate_logits, target, ctx.settings[1]
         )
         needs_gate, _, _, *needs_logits = ctx.needs_input_grad
-        grad_logits: list[Tensor | None] = [None] * len(needs_logits)
-        if kept:
-            lse, *logits = kept
-            grad_logits = logits_gradients(
-                grad_log_prob, logits, target, lse, needs_logits, ctx.settings
-            )
         return (
             gate_gradient(grad_gate, gate_logits) if needs_gate else None,
             None,
             None,
-            *grad_logits,
+            *logits_gradients(grad_log_prob, logits, target, lse, needs_logits, ctx.settings),
         )
 
 
@@ -189,9 +184,10 @@ def mixture_nll(
     target = checks.check_target(op, target, experts)
     gate = checks.check_gate(op, gate_logits, (*target.shape, len(experts)), experts[0])
     checks.check_transform(op, temperature, softcap)
+    checks.check_reduction(op, reduction)
     settings = (vocab_size, ignore_index, temperature, softcap)
     if (requires_grad or gate.requires_grad) and torch.is_grad_enabled():
         nll = _apply(gate, target, settings, *experts)
     else:
         nll = _mixture_nll(experts, gate, target, *settings)[0]
-    return checks.reduce(op, nll, target, ignore_index, reduction)
+    return checks.reduce(nll, target, ignore_index, reduction)

@@ -68,18 +68,15 @@ def expert_log_prob_backward(
     grad: Tensor,  # [..., K]
     logits: Sequence[Tensor],  # K x [..., >= V]
     target: Tensor,  # [...]
-    needs_grad: Sequence[bool],  # K
     vocab_size: int,
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
-) -> list[Tensor]:  # one [..., V_k] for each expert that needs it
+) -> list[Tensor]:  # K x [..., V_k]
     """Return ``dz_k(v) = grad_k (1[v = y] - p_k(v)) dz'/dz``; padding columns receive 0."""
     index, ignored, outside = _safe_index(target, vocab_size, ignore_index)
     grads = []
     for k, expert in enumerate(logits):
-        if not needs_grad[k]:
-            continue
         z = effective_logits(expert, vocab_size, temperature, softcap)
         one_hot = torch.zeros_like(z).scatter_(-1, index.unsqueeze(-1), 1.0)
         weight = grad[..., k : k + 1].to(z.dtype)

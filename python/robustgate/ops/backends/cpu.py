@@ -50,20 +50,13 @@ def expert_log_prob_backward(
     logits: Sequence[Tensor],
     target: Tensor,
     lse: Tensor,
-    needs_grad: Sequence[bool],
     *settings: Any,
 ) -> list[Tensor]:
     target, grad, lse = target.contiguous(), grad.contiguous(), lse.contiguous()
-    grads: list[Tensor] = []
-    grad_rows: list[int] = []
-    for z, needed in zip(logits, needs_grad, strict=True):
-        if needed:
-            grads.append(torch.empty(z.shape, dtype=z.dtype))
-            view = grads[-1] if z.dim() <= 3 else grads[-1].flatten(0, -3)
-            grad_rows += native.address_rows([view])[0]
-        else:
-            grad_rows += (0, 0, 0)
+    grads = [torch.empty(z.shape, dtype=z.dtype) for z in logits]
     rows, _kept = native.address_rows(logits)
+    # Fresh and contiguous: flattening to rank 3 is a view, nothing is copied.
+    grad_rows, _ = native.address_rows([g if g.dim() <= 3 else g.flatten(0, -3) for g in grads])
     _C.cpu_expert_log_prob_backward(
         rows,
         target.data_ptr(),

@@ -1,4 +1,8 @@
-"""Native CUDA kernels, where the wheel holds them and the driver and device can run them."""
+"""Native CUDA kernels, where the wheel holds them and the driver and device can run them.
+
+Nothing asks the driver before the first CUDA tensor arrives: an import that opened a context would
+hold memory on device 0 in every process and break CUDA in forked children.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from robustgate.ops import reference
 from robustgate.ops.backends import native
-from robustgate.ops.library import register_kernel
+from robustgate.ops.library import register_kernel, requested_backend
 from robustgate.ops.mixture_nll import from_log_prob
-from robustgate.ops.reference import statistics_dtype
 
 if native.import_error is None:
     from robustgate import _C
@@ -29,6 +33,14 @@ def why_unusable(device: int = 0) -> str | None:
     return _C.cuda_why_unusable(device)
 
 
+def _must_fall_back(device: int) -> bool:
+    """Whether eager torch has to serve; an error if the native backend was insisted on."""
+    reason = why_unusable(device)
+    if reason is not None and requested_backend() == "native":
+        raise RuntimeError(f"robustgate: backend 'native' on cuda:{device}: {reason}")
+    return reason is not None
+
+
 def expert_log_prob(
     logits: Sequence[Tensor],
     target: Tensor,
@@ -37,20 +49,22 @@ def expert_log_prob(
     temperature: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
+    device = target.device.index
+    settings = (vocab_size, ignore_index, temperature, softcap)
+    if _must_fall_back(device):
+        return reference.expert_log_prob(logits, target, *settings)
     target = target.contiguous()
     shape = (*target.shape, len(logits))
-    log_prob = target.new_empty(shape, dtype=statistics_dtype(logits[0].dtype))
+    dtype = reference.statistics_dtype(logits[0].dtype)
+    log_prob = target.new_empty(shape, dtype=dtype)
     lse = target.new_empty(shape, dtype=torch.float64)
-    device = target.device.index
     rows, _kept = native.address_rows(logits)
     _C.cuda_expert_log_prob(
         rows,
         target.data_ptr(),
         log_prob.data_ptr(),
         lse.data_ptr(),
-        native.logits_spec(
-            logits[0], target.numel(), vocab_size, ignore_index, temperature, softcap
-        ),
+        native.logits_spec(logits[0], target.numel(), *settings),
         device,
         torch.cuda.current_stream(device).cuda_stream,
     )
@@ -70,6 +84,6 @@ def mixture_nll(
     return from_log_prob(log_prob, gate_logits, target, ignore_index), log_prob, lse
 
 
-if why_unusable() is None:
+if native.import_error is None and _C.cuda_version is not None:
     register_kernel("expert_log_prob", "cuda", "native", expert_log_prob)
     register_kernel("mixture_nll", "cuda", "native", mixture_nll)
