@@ -92,12 +92,12 @@ def test_held_out_splits_come_first_where_text_is_scarce():
     lines = (f"line {i} of a text that is soon over\n\n" * 3 for i in range(1_000))
     scarce = {"few": lambda rng: ((f"s{i}", line) for i, line in enumerate(lines))}
     rest = {name: text.DOMAINS[name] for name in ("unicode", "manual")}
-    sizes = {"train": 100_000, "valid": 8_000, "test": 8_000}
+    sizes = {"train": 60_000, "valid": 8_000, "test": 8_000}
     few = read_domains(sizes, readers=scarce | rest, document_size=60)[0]
     length = {split: sum(map(len, few.documents[split])) for split in sizes}
     assert length["valid"] >= 8_000
     assert length["test"] >= 8_000
-    assert length["train"] < 100_000
+    assert length["train"] < 60_000
 
 
 def test_no_paragraph_occurs_twice(domains):
@@ -214,8 +214,6 @@ TINY = replace(
     vocab_size=400,
     seed_tokens=2_048,
     branch_tokens=1_024,
-    sweep_tokens=1_024,
-    monolith_learning_rates=(6e-3,),
 )
 
 
@@ -247,14 +245,6 @@ def test_monolith_reads_as_many_tokens_as_seed_and_experts_together(tiny):
     assert together - step < manifests["monolith"]["tokens"] <= together
 
 
-def test_the_same_seed_gives_the_same_numbers(tiny, tmp_path):
-    _, first = tiny
-    again = run_demo(tmp_path / "again", budget=TINY, progress=False)
-    assert again.evaluation == first.evaluation
-    assert again.model.certificate == first.model.certificate
-    assert again.report.read_text() == first.report.read_text()
-
-
 def test_a_finished_demo_is_read_again(tiny):
     folder, first = tiny
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
@@ -272,7 +262,7 @@ def test_a_folder_with_another_demo_or_other_files_is_refused(tiny, tmp_path):
         run_demo(tmp_path, budget=TINY, progress=False)
 
 
-def test_a_killed_demo_continues_to_the_same_numbers(tiny, tmp_path):
+def test_a_killed_demo_continues_and_every_number_is_the_same(tiny, tmp_path):
     _, first = tiny
     code = (
         "import os, sys\n"
@@ -286,4 +276,6 @@ def test_a_killed_demo_continues_to_the_same_numbers(tiny, tmp_path):
     )
     assert killed.returncode == 9, killed.stderr
     assert (tmp_path / "demo" / "monolith").is_dir()
-    assert run_demo(tmp_path / "demo", budget=TINY, progress=False).evaluation == first.evaluation
+    again = run_demo(tmp_path / "demo", budget=TINY, progress=False)
+    assert again.evaluation == first.evaluation
+    assert again.report.read_text() == first.report.read_text()

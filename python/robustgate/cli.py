@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from robustgate.console import Answer, Command
+from robustgate.console import Answer, Command, evaluation_tables, flatten
 
 if TYPE_CHECKING:
     from robustgate.lm.corpus import Corpus
-    from robustgate.lm.results import Evaluation
 
 app = typer.Typer(
     name="robustgate",
@@ -82,7 +81,7 @@ def demo(
     return Answer(
         result.to_json(),
         (
-            evaluation_table(result.evaluation),
+            *evaluation_tables(result.evaluation),
             f"\n[bold green]Certificate.[/] {result.model.sentence()}",
             f"\nReport: {result.report}\n\nWith your own checkpoints:\n{NEXT_STEPS}",
         ),
@@ -222,7 +221,7 @@ def evaluate(
         baselines=chosen,
         monolith=monolith,
     )
-    return Answer(evaluation.to_json(), (evaluation_table(evaluation),))
+    return Answer(evaluation.to_json(), evaluation_tables(evaluation))
 
 
 @app.command(cls=Command)
@@ -291,33 +290,6 @@ def parse_domains(pairs: list[str]) -> list[Corpus]:
             raise ValueError(f"--domain: {name!r} is given twice")
         corpora[name] = read_corpus(path, name)
     return list(corpora.values())
-
-
-def evaluation_table(evaluation: Evaluation) -> Table:
-    """Return the losses per token and the worst-case excess of every system."""
-    table = Table(title="held-out documents, nats per token; lower is better", title_justify="left")
-    table.add_column("system")
-    for domain in evaluation.domains:
-        table.add_column(domain, justify="right")
-    table.add_column("worst-case excess\nper token", justify="right")
-    table.add_column("\nper document", justify="right")
-    for system in evaluation.systems:
-        worst = system.worst_excess_per_document
-        table.add_row(
-            system.label,
-            *(f"{result.nll_per_token:.3f}" for result in system.domains),
-            f"{system.worst_excess_per_token.value:.4f}",
-            f"{worst.value:.2f} ({worst.lower:.2f} to {worst.upper:.2f})",
-            style="bold green" if system.kind == "robust" else "",
-        )
-    return table
-
-
-def flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Return the leaves of nested mappings with dotted names."""
-    if isinstance(value, dict):
-        return [leaf for key in value for leaf in flatten(value[key], f"{name}.{key}".lstrip("."))]
-    return [(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))]
 
 
 def main() -> None:

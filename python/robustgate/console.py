@@ -22,11 +22,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.table import Table
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from robustgate.lm.results import Evaluation
 
 BAD_INPUT = (
     ValueError,
@@ -86,7 +90,9 @@ class Command(TyperCommand):
         if ctx.params["as_json"]:
             sys.stdout.write(json.dumps(answer.data, indent=2) + "\n")
         else:
-            Console().print(*answer.view, sep="\n")
+            console = Console(highlight=False)
+            for part in answer.view:
+                console.print(part, soft_wrap=isinstance(part, str))
 
 
 def spread(args: Sequence[str], repeatable: set[str]) -> list[str]:
@@ -107,6 +113,37 @@ def spread(args: Sequence[str], repeatable: set[str]) -> list[str]:
             values += 1
         out.append(arg)
     return out
+
+
+def flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Return the leaves of nested mappings with dotted names."""
+    if isinstance(value, dict):
+        return [leaf for key in value for leaf in flatten(value[key], f"{name}.{key}".lstrip("."))]
+    return [(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))]
+
+
+def evaluation_tables(evaluation: Evaluation) -> tuple[Table, Table]:
+    """Return the losses of every system, and what it loses in the worst mixture of domains."""
+    losses = Table(title="Held-out documents; lower is better")
+    losses.add_column("nats per token", no_wrap=True)
+    for domain in evaluation.domains:
+        losses.add_column(domain, justify="right")
+    worst = Table(title="In the worst mixture of the domains")
+    worst.add_column("excess in nats", no_wrap=True)
+    for column in ("per document", "per token", "worst domain"):
+        worst.add_column(column, justify="right")
+    for system in evaluation.systems:
+        style = "bold green" if system.kind == "robust" else ""
+        own = (f"{result.nll_per_token:.3f}" for result in system.domains)
+        losses.add_row(system.label, *own, style=style)
+        worst.add_row(
+            system.label,
+            str(system.worst_excess_per_document),
+            f"{system.worst_excess_per_token.value:.4f}",
+            system.worst_domain,
+            style=style,
+        )
+    return losses, worst
 
 
 def describe(error: BaseException) -> str:

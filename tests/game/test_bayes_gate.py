@@ -93,6 +93,19 @@ def test_long_documents_stay_exact():
         torch.testing.assert_close(weights[t], exact, rtol=1e-12, atol=1e-11)
 
 
+def test_experts_that_take_turns_stay_exact():
+    # Each token is lost by 8 nats by one of two experts, in turn: sums reach 4e5 nats, log-odds 8.
+    log_probs = tokens(100_000, 2, scale=1e-3)
+    log_probs[::2, 0] -= 8.1
+    log_probs[1::2, 1] -= 8.1
+    weights = BayesGate(torch.tensor([0.5, 0.5]))(log_probs)
+    history = [log_probs[:-1, 0].tolist(), (-log_probs[:-1, 1]).tolist()]
+    odds = math.fsum(history[0] + history[1])
+    exact = torch.log_softmax(torch.tensor([odds, 0.0], dtype=torch.float64), dim=0)
+    # Plain sums of 4e5 round by 1e-10 and more; 2e-12 leaves room for 1e5 roundings of 8.
+    torch.testing.assert_close(weights[-1], exact, rtol=0, atol=2e-12)
+
+
 def test_token_log_probs_sum_to_the_sequence_mixture():
     log_probs = tokens(2048, 3)
     total = BayesGate(PRIOR).log_prob(log_probs).sum()
@@ -181,7 +194,7 @@ def test_removing_an_expert_renormalises_the_survivors():
 
 
 def documents():
-    lengths = [5, 0, 1, 700, 16, 17, 0, 33, 0]
+    lengths = [5, 0, 1, 700, 16, 17, 0, 33, 49, 100, 0]
     offsets = torch.tensor([0, *lengths]).cumsum(dim=0)
     return tokens(int(offsets[-1]), 3), offsets
 
@@ -338,9 +351,9 @@ def test_nothing_is_trainable():
 @pytest.mark.parametrize(
     ("prior", "error", "message"),
     [
-        ([0.5, 0.5], TypeError, "prior: expected a tensor .* got list"),
-        (torch.ones(2, 2) / 2, TypeError, r"prior: expected a tensor \[K\].* got \(2, 2\)"),
-        (torch.ones(0), TypeError, r"got \(0,\)"),
+        ([0.5, 0.5], TypeError, "prior: expected a tensor, got list"),
+        (torch.ones(2, 2) / 4, ValueError, r"prior: expected shape \[4\], got \(2, 2\)"),
+        (torch.ones(0), ValueError, r"prior: expected non-negative .* got \[\]"),
         (
             torch.tensor([0.7, 0.7]),
             ValueError,
@@ -358,6 +371,7 @@ def test_bad_priors_are_refused(prior, error, message):
     ("log_probs", "options", "error", "message"),
     [
         (torch.zeros(5, 3, dtype=torch.long), {}, TypeError, "log_probs: .* got torch.int64"),
+        ([[0.0, 0.0, 0.0]], {}, TypeError, "log_probs: .* got list"),
         (torch.zeros(3), {}, ValueError, r"log_probs: expected shape \[..., T, 3\], got \(3,\)"),
         (torch.zeros(5, 2), {}, ValueError, r"log_probs: expected shape .* got \(5, 2\)"),
         (torch.zeros(5, 3), {"mask": torch.ones(4)}, ValueError, r"mask: expected shape \(5,\)"),

@@ -31,6 +31,17 @@ def test_higher_confidence_is_wider():
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
+def test_each_domain_gets_a_margin_of_its_own_standard_error():
+    # Normal theory: P(max of two independent |Z| <= c) = 0.95 at c = 2.236.
+    small, large = torch.randn(200, dtype=torch.float64), torch.randn(5000, dtype=torch.float64)
+    for shift, worst in ((10.0, small), (-10.0, large)):
+        losses = {"small": small + shift, "large": large}
+        lower, upper = bootstrap_worst_case(losses, samples=2000)
+        error = float(worst.std()) / len(worst) ** 0.5
+        # The quantile of 2,000 resamples varies by 3 %.
+        assert (upper - lower) / 2 == pytest.approx(2.236 * error, rel=0.12)
+
+
 def test_chunks_of_resamples_match_the_definition():
     # 2^22 // 5000 = 838 resamples a chunk: two chunks here.
     losses = {"a": torch.randn(5000, dtype=torch.float64)}

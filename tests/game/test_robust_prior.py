@@ -131,6 +131,24 @@ def test_expectation_maximisation_never_loses_likelihood():
     assert all(after <= before + 1e-12 for before, after in itertools.pairwise(nll))
 
 
+def test_first_order_steps_are_exponentiated_gradient_and_em_by_hand():
+    log_probs = random_instance(domains=2, count=6)
+    with pytest.warns(RuntimeWarning):
+        solution = robust_prior(
+            log_probs, baseline="raw", method="first-order", max_passes=3, tol=1e-9
+        )
+    prior = torch.full((4,), 0.25, dtype=torch.float64)
+    mixture = torch.full((2,), 0.5, dtype=torch.float64)
+    for iterate in solution.trajectory:
+        joint = {name: matrix + prior.log() for name, matrix in log_probs.items()}
+        losses = torch.stack([-j.logsumexp(dim=1).mean() for j in joint.values()])
+        mixture = mixture * losses.exp() / (mixture * losses.exp()).sum()
+        torch.testing.assert_close(iterate.prior, prior, rtol=0, atol=1e-12)
+        torch.testing.assert_close(iterate.mixture, mixture, rtol=0, atol=1e-12)
+        posterior = torch.stack([j.softmax(dim=1).mean(dim=0) for j in joint.values()])
+        prior = mixture @ posterior
+
+
 # ---------------------------------------------------------------- solution object
 
 

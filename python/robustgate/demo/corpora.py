@@ -85,12 +85,12 @@ def cut(text: str, size: int) -> Iterator[str]:
     """Cut a text into documents of about ``size`` characters.
 
     A document ends at the first blank line after ``size`` characters, or at the first line after
-    half as many again. A remainder below a quarter of ``size`` is dropped.
+    a quarter more. A remainder below a quarter of ``size`` is dropped.
     """
     lines: list[str] = []
     length = 0
     for line in text.split("\n"):
-        if length >= (size if not line.strip() else 1.5 * size):
+        if length >= (size if not line.strip() else 1.25 * size):
             yield "\n".join(lines).strip("\n")
             lines, length = [], 0
         lines.append(line)

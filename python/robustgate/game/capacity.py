@@ -10,6 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from robustgate.game.threads import one_thread
+
 _STEP_GROWTH: Final = 1.5  # the exponent of the update grows by this while the value rises
 _LOG_WEIGHT_FLOOR: Final = -690.0  # a weight of e^-690 can still come back; 0 could not
 
@@ -84,7 +86,27 @@ def capacity(
     if max_iterations < 1:
         raise ValueError(f"max_iterations: expected at least 1, got {max_iterations}")
     probs = _check_rows(data_probs)
-    domains = len(probs)
+    with one_thread():
+        mixture, kl, iterations = _blahut_arimoto(probs, tol, max_iterations)
+    value, upper = float(mixture @ kl), float(kl.amax())
+    converged = upper - value <= tol
+    if not converged:
+        warnings.warn(
+            f"capacity: the gap is {upper - value:.2e} nats after {iterations} iterations, above "
+            f"tol={tol:.2e}; the bounds still hold",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    # value <= upper holds exactly; at the optimum rounding may swap two equal numbers.
+    return Capacity(mixture, min(value, upper), upper, iterations, converged)
+
+
+def _blahut_arimoto(
+    probs: Tensor,  # [D, X]
+    tol: float,
+    max_iterations: int,
+) -> tuple[Tensor, Tensor, int]:  # [D], [D]
+    """Return the mixture, ``KL(p_d || p_lambda)`` at it, and the number of updates."""
     negative_entropy = torch.xlogy(probs, probs).sum(dim=1)  # [D]
 
     def divergences(log_mixture: Tensor) -> tuple[Tensor, Tensor]:  # [D] -> [D], [D]
@@ -92,7 +114,7 @@ def capacity(
         kl = negative_entropy - torch.xlogy(probs, mixture @ probs).sum(dim=1)
         return mixture, kl.clamp(min=0.0)
 
-    log_mixture = torch.full((domains,), -math.log(domains), dtype=torch.float64)
+    log_mixture = probs.new_full((len(probs),), -math.log(len(probs)))
     mixture, kl = divergences(log_mixture)
     value, step, iterations = float(mixture @ kl), 1.0, 0
     while float(kl.amax()) - value > tol and iterations < max_iterations:
@@ -105,17 +127,7 @@ def capacity(
             continue
         log_mixture, mixture, kl, value = proposal, proposed_mixture, proposed_kl, proposed_value
         step *= _STEP_GROWTH
-    upper = float(kl.amax())
-    converged = upper - value <= tol
-    if not converged:
-        warnings.warn(
-            f"capacity: the gap is {upper - value:.2e} nats after {iterations} iterations, above "
-            f"tol={tol:.2e}; the bounds still hold",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    # value <= upper holds exactly; at the optimum rounding may swap two equal numbers.
-    return Capacity(mixture, min(value, upper), upper, iterations, converged)
+    return mixture, kl, iterations
 
 
 def _check_rows(data_probs: Tensor) -> Tensor:  # [D, X]

@@ -26,6 +26,7 @@ from robustgate.game.likelihoods import (
     check_log_probs,
 )
 from robustgate.game.mixtures import FULL_SIMPLEX, MixtureSet
+from robustgate.game.threads import one_thread
 from robustgate.ops.mixture_log_prob import mixture_log_prob
 
 
@@ -107,11 +108,13 @@ def certificate(
     losses = -offset  # [D]
     ratios = prior.new_zeros(len(checked), experts)  # [D, K]
     log_prior = prior.log()
-    for d, matrix in enumerate(checked.values()):
-        for block in matrix.split(max(1, BLOCK_ELEMENTS // experts)):  # [rows, K]
-            log_mix = mixture_log_prob(block, log_prior)  # [rows]
-            losses[d] -= log_mix.sum() / len(matrix)
-            ratios[d] += (block - log_mix.unsqueeze(1)).exp_().sum(dim=0) / len(matrix)
+    rows = max(1, BLOCK_ELEMENTS // experts)
+    with one_thread():
+        for d, matrix in enumerate(checked.values()):
+            for block in matrix.split(rows):  # [rows, K]
+                log_mix = mixture_log_prob(block, log_prior)  # [rows]
+                losses[d] -= log_mix.sum() / len(matrix)
+                ratios[d] += (block - log_mix.unsqueeze(1)).exp_().sum(dim=0) / len(matrix)
     lower, upper = bounds(losses, ratios, mixture, mixtures)
     return Certificate(prior, mixture, losses, lower, upper)
 
@@ -134,7 +137,9 @@ def bounds(
 
 
 def check_distribution(name: str, weights: Tensor, size: int) -> Tensor:
-    """Return ``weights`` as a float64 CPU tensor ``[size]`` that sums to 1, or raise ValueError."""
+    """Return ``weights`` as float64 on the CPU, ``[size]``, summing to 1, or say what is wrong."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(weights).__name__}")
     weights = weights.detach().to("cpu", torch.float64)
     if weights.shape != (size,):
         raise ValueError(f"{name}: expected shape [{size}], got {tuple(weights.shape)}")

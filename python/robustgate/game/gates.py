@@ -35,7 +35,8 @@ class BayesGate(nn.Module):
         prior: ``[K]``, non-negative, sums to 1.
 
     Raises:
-        TypeError, ValueError: ``prior`` is not a distribution.
+        TypeError: ``prior`` is not a tensor.
+        ValueError: ``prior`` is not a distribution ``[K]``.
 
     Example:
         >>> import torch
@@ -58,10 +59,8 @@ class BayesGate(nn.Module):
     ) -> None:
         """Keep ``log prior`` as a float64 buffer."""
         super().__init__()
-        if not isinstance(prior, Tensor) or prior.dim() != 1 or len(prior) == 0:
-            found = tuple(prior.shape) if isinstance(prior, Tensor) else type(prior).__name__
-            raise TypeError(f"prior: expected a tensor [K] with K >= 1, got {found}")
-        self.register_buffer("log_prior", check_distribution("prior", prior, len(prior)).log())
+        size = prior.numel() if isinstance(prior, Tensor) else 0
+        self.register_buffer("log_prior", check_distribution("prior", prior, size).log())
 
     def forward(
         self,
@@ -142,8 +141,9 @@ class BayesGate(nn.Module):
 
     def _check(self, log_probs: Tensor, mask: Tensor | None) -> None:
         experts = len(self.log_prior)
-        if not log_probs.is_floating_point():
-            raise TypeError(f"log_probs: expected a floating point tensor, got {log_probs.dtype}")
+        if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():
+            kind = log_probs.dtype if isinstance(log_probs, Tensor) else type(log_probs).__name__
+            raise TypeError(f"log_probs: expected a floating point tensor, got {kind}")
         if log_probs.dim() < 2 or log_probs.shape[-1] != experts:
             raise ValueError(
                 f"log_probs: expected shape [..., T, {experts}], got {tuple(log_probs.shape)}"
@@ -245,4 +245,4 @@ def _totals_before(
         earlier = torch.where(inside, before[:-shift], 0.0)
         before = torch.cat([before[:shift], before[shift:] + earlier])
         shift *= 2
-    return before
+    return _centred(before)  # also where a longer neighbour asked for more rounds

@@ -20,6 +20,7 @@ from robustgate.game.likelihoods import (
     check_log_probs,
 )
 from robustgate.game.mixtures import FULL_SIMPLEX, MixtureSet
+from robustgate.game.threads import one_thread
 
 Method = Literal["interior-point", "first-order"]
 
@@ -153,22 +154,12 @@ def robust_prior(
     passes = _DEFAULT_PASSES[method] if max_passes is None else max_passes
     if passes < 1:
         raise ValueError(f"max_passes: expected at least 1, got {max_passes}")
-    checked = check_log_probs(log_probs)
-    offset = baseline_values(checked, baseline)
-    likelihoods = DocumentLikelihoods(checked, offset)
-    # The certificate below is computed afresh; half of tol is left for the difference in rounding.
-    target = tol / 2
-    solver = (
-        interior_point(likelihoods, mixtures, target)
-        if method == "interior-point"
-        else first_order(likelihoods, mixtures)
-    )
-    trajectory: list[Certificate] = []
-    for iterate in solver:
-        trajectory.append(iterate)
-        if iterate.gap <= target or len(trajectory) == passes:
-            break
-    best = min(trajectory, key=lambda iterate: iterate.gap)
+    with one_thread():
+        checked = check_log_probs(log_probs)
+        offset = baseline_values(checked, baseline)
+        trajectory = _solve(DocumentLikelihoods(checked, offset), mixtures, tol / 2, method, passes)
+        best = min(trajectory, key=lambda iterate: iterate.gap)
+    # Computed afresh; half of tol was left for the difference in rounding.
     proof = certificate(checked, best.prior, best.mixture, baseline=offset, mixtures=mixtures)
     if proof.gap > tol:
         warnings.warn(
@@ -188,6 +179,26 @@ def robust_prior(
         trajectory=tuple(trajectory),
         converged=proof.gap <= tol,
     )
+
+
+def _solve(
+    likelihoods: DocumentLikelihoods,
+    mixtures: MixtureSet,
+    tol: float,
+    method: Method,
+    passes: int,
+) -> list[Certificate]:
+    solver = (
+        interior_point(likelihoods, mixtures, tol)
+        if method == "interior-point"
+        else first_order(likelihoods, mixtures)
+    )
+    trajectory: list[Certificate] = []
+    for iterate in solver:
+        trajectory.append(iterate)
+        if iterate.gap <= tol or len(trajectory) == passes:
+            break
+    return trajectory
 
 
 def maximum_likelihood_prior(

@@ -89,7 +89,7 @@ def bars(
         title: What a screen reader says.
         rows: Bars from top to bottom.
         x_label: Text below the axis.
-        marks: Values with a dashed vertical line, and the line's label.
+        marks: Two values at most with a dashed vertical line, and the lines' labels.
 
     Returns:
         An ``<svg>`` element.
@@ -117,8 +117,11 @@ def bars(
         out.append(_text(max(end, high) + 8, y + 4, row.text, "value"))
     for value, label in marks:
         x = axis(value)
-        out.append(f'<path class="mark" d="M{x:.1f} {top - 6}V{bottom}"/>')
-        out.append(_text(x, top - 10, label, "axis", "middle"))
+        last = value == max(v for v, _ in marks)
+        out.append(f'<path class="mark" d="M{x:.1f} {top - 20}V{bottom}"/>')
+        out.append(
+            _text(x + (5 if last else -5), top - 12, label, "axis", "start" if last else "end")
+        )
     return _svg(title, height, out)
 
 

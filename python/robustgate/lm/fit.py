@@ -25,7 +25,7 @@ def fit(
     *,
     experts: ExpertSet | None = None,
     baseline: str = "excess",
-    delta: float = 0.01,
+    delta: float = 0.1,
     tol: float = 1e-6,
 ) -> ModularModel:
     """Fit the robust prior to everything a store holds and write the modular model.

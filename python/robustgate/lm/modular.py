@@ -193,18 +193,17 @@ class ModularModel:
 
     def sentence(self) -> str:
         """Return the certificate in one sentence."""
-        proven, many = self.certificate, len(self.domains)
+        proven = self.certificate
         against = (
-            "more than picking the best expert for every document would"
+            " more than the best expert of each document's domain"
             if proven.baseline == "excess"
-            else "in all"
+            else ""
         )
         return (
-            f"Whatever the mixture of the {many} domains, the robust mixture pays on average at "
-            f"most {proven.worst_case:.3f} nats per document {against} (measured on the "
-            f"{proven.documents} documents it was fitted on; no fixed weighting of these experts "
-            f"can promise less than {proven.lower_bound:.3f}), and on any single document at most "
-            f"{proven.guarantee:.2f} nats more than the best of them."
+            f"Whatever the mixture of the {len(self.domains)} domains, the robust mixture pays on "
+            f"average at most {proven.worst_case:.3f} nats per document{against}, and no fixed "
+            f"weights of these experts can promise less than {proven.lower_bound:.3f} (proven on "
+            f"the {proven.documents:,} documents of the fit)."
         )
 
 

@@ -13,6 +13,15 @@ from robustgate.lm.files import read_json, write_json
 _FILE = "evaluation.json"
 
 
+def format_nats(value: float) -> str:
+    """Format a loss: four decimals below 0.1, one less for every factor of ten above."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    digits = 4 if size < 0.1 else 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0
+    return f"{value:.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number measured on a sample of documents, with its bootstrap interval.
@@ -26,6 +35,11 @@ class Estimate:
     value: float
     lower: float
     upper: float
+
+    def __str__(self) -> str:
+        """Return the number and its interval, such as ``1.61 (1.50 to 1.72)``."""
+        value, lower, upper = map(format_nats, (self.value, self.lower, self.upper))
+        return f"{value} ({lower} to {upper})"
 
 
 @dataclass(frozen=True)
