@@ -4,7 +4,7 @@
 
 Documents are Gaussian: expert k on domain d has mean log-probability -300 + skill_dk, document
 noise of 5 nats, skill of 3 nats. The time covers everything a caller waits for: validation, the
-exponentials, every pass, and the certificate recomputed in log space. The solver runs on one thread.
+exponentials, every pass, and the certificate recomputed in log space. The solver uses one thread.
 """
 
 import argparse

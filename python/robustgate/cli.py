@@ -40,6 +40,7 @@ class Gate(str, Enum):
 class Baseline(str, Enum):
     """What the robust prior's losses are compared with."""
 
+    hindsight = "hindsight"
     excess = "excess"
     raw = "raw"
 
@@ -168,8 +169,8 @@ def fit(
         typer.Option("--experts", metavar="DIR...", help="Checkpoints; default: all scored."),
     ] = None,
     baseline: Annotated[
-        Baseline, typer.Option(help="Compare with the best expert of each domain, or with 0.")
-    ] = Baseline.excess,
+        Baseline, typer.Option(help="From where losses are measured.")
+    ] = Baseline.hindsight,
     delta: Annotated[float, typer.Option(help="Share of the uniform prior mixed in.")] = 0.01,
     tol: Annotated[float, typer.Option(help="Largest gap of the certificate, in nats.")] = 1e-6,
     as_json: Json = False,

@@ -234,3 +234,21 @@ def test_areas_fill_the_figure():
     heights = [{float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", d)} for d in paths]
     assert min(heights[0]) == min(heights[1])  # both reach 1
     assert max(heights[0]) > max(heights[1])  # only the first stands on 0
+
+
+def test_says_on_how_many_domains_each_rival_loses(model, pages):
+    evaluation = Evaluation.load(model.path)
+    own = evaluation.system("robust Bayes mixture").domains
+    counts = []
+    for name in ("monolith", "static uniform mixture", "uniform Bayes mixture"):
+        rival = evaluation.system(name).domains
+        wins = [a.nll_per_token < b.nll_per_token for a, b in zip(own, rival, strict=True)]
+        counts.append(f"the {name} on {sum(wins)}")
+    assert (
+        f"Of 2 domains, the robust mixture has a lower loss than {', '.join(counts)}." in pages[1]
+    )
+
+
+def test_says_so_when_the_solution_is_the_uniform_prior(model, pages):
+    uniform = float((model.prior - 0.5).abs().max()) <= 0.005
+    assert ("Here it is the uniform prior" in pages[1]) == uniform

@@ -110,7 +110,7 @@ def run_demo(
         **settings,
     )
 
-    say(f"train {len(corpora['train'])} experts, each a branch of the seed model")
+    say(f"train one expert per domain, from the seed model: {', '.join(corpora['train'])}")
     branches = {
         name: train(
             corpus,

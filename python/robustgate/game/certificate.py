@@ -98,23 +98,33 @@ def certificate(
 
     Source: docs/theory.md, "The certificate".
     """
-    checked = check_log_probs(log_probs)
-    offset = baseline_values(checked, baseline)
-    experts = next(iter(checked.values())).shape[1]
-    prior = check_distribution("prior", prior, experts)
-    mixture = check_distribution("mixture", mixture, len(checked))
-    if not mixtures.contains(mixture):
-        raise ValueError(f"mixture: expected an element of {mixtures}, got {mixture.tolist()}")
-    losses = -offset  # [D]
-    ratios = prior.new_zeros(len(checked), experts)  # [D, K]
-    log_prior = prior.log()
-    rows = max(1, BLOCK_ELEMENTS // experts)
     with one_thread():
-        for d, matrix in enumerate(checked.values()):
-            for block in matrix.split(rows):  # [rows, K]
-                log_mix = mixture_log_prob(block, log_prior)  # [rows]
-                losses[d] -= log_mix.sum() / len(matrix)
-                ratios[d] += (block - log_mix.unsqueeze(1)).exp_().sum(dim=0) / len(matrix)
+        checked = check_log_probs(log_probs)
+        offset = baseline_values(checked, baseline)
+        prior = check_distribution("prior", prior, next(iter(checked.values())).shape[1])
+        mixture = check_distribution("mixture", mixture, len(checked))
+        if not mixtures.contains(mixture):
+            raise ValueError(f"mixture: expected an element of {mixtures}, got {mixture.tolist()}")
+        return certify(checked, offset, prior, mixture, mixtures)
+
+
+def certify(
+    log_probs: Mapping[str, Tensor],  # D x [n_d, K]
+    baseline: Tensor,  # [D]
+    prior: Tensor,  # [K]
+    mixture: Tensor,  # [D]
+    mixtures: MixtureSet,
+) -> Certificate:
+    """:func:`certificate` of checked arguments."""
+    losses = -baseline  # [D]
+    ratios = prior.new_zeros(len(losses), len(prior))  # [D, K]
+    log_prior = prior.log()
+    rows = max(1, BLOCK_ELEMENTS // len(prior))
+    for d, matrix in enumerate(log_probs.values()):
+        for block in matrix.split(rows):  # [rows, K]
+            log_mix = mixture_log_prob(block, log_prior)  # [rows]
+            losses[d] -= log_mix.sum() / len(matrix)
+            ratios[d] += (block - log_mix.unsqueeze(1)).exp_().sum(dim=0) / len(matrix)
     lower, upper = bounds(losses, ratios, mixture, mixtures)
     return Certificate(prior, mixture, losses, lower, upper)
 

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from torch import Tensor
 
-from robustgate.game.certificate import Certificate, certificate
+from robustgate.game.certificate import Certificate, certify
 from robustgate.game.first_order import first_order
 from robustgate.game.interior_point import interior_point
 from robustgate.game.likelihoods import (
@@ -159,8 +159,8 @@ def robust_prior(
         offset = baseline_values(checked, baseline)
         trajectory = _solve(DocumentLikelihoods(checked, offset), mixtures, tol / 2, method, passes)
         best = min(trajectory, key=lambda iterate: iterate.gap)
-    # Computed afresh; half of tol was left for the difference in rounding.
-    proof = certificate(checked, best.prior, best.mixture, baseline=offset, mixtures=mixtures)
+        # Computed afresh; half of tol was left for the difference in rounding.
+        proof = certify(checked, offset, best.prior, best.mixture, mixtures)
     if proof.gap > tol:
         warnings.warn(
             f"robust_prior: the certified gap is {proof.gap:.2e} nats after {len(trajectory)} "

@@ -21,8 +21,8 @@ come from a mixture of the domains, over all mixtures ``lambda``:
     per token      max_lambda sum_d lambda_d (n_d - n*_d) / sum_d lambda_d t_d
 
 with ``n_d`` and ``n*_d`` the mean nats per document of the system and of the oracle on ``d`` and
-``t_d`` the mean tokens per document. Both are attained at a single domain. The first is what a
-robust prior minimises and what its certificate bounds, on the documents it was fitted on.
+``t_d`` the mean tokens per document. Both are attained at a single domain. The first is what the
+certificate of a robust prior bounds, on the documents it was fitted on.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from robustgate import __version__
 from robustgate.game import certificate, robust_prior
 from robustgate.lm.experts import ExpertSet
 from robustgate.lm.files import sha256_json, write_atomic, write_json
-from robustgate.lm.modular import FORMAT, VERSION, CertificateRecord, ModularModel
+from robustgate.lm.modular import BASELINES, FORMAT, VERSION, CertificateRecord, ModularModel
 from robustgate.lm.store import LogProbStore
 
 
@@ -24,8 +24,8 @@ def fit(
     out: str | os.PathLike[str],
     *,
     experts: ExpertSet | None = None,
-    baseline: str = "excess",
-    delta: float = 0.1,
+    baseline: str = "hindsight",
+    delta: float = 0.01,
     tol: float = 1e-6,
 ) -> ModularModel:
     """Fit the robust prior to everything a store holds and write the modular model.
@@ -35,7 +35,10 @@ def fit(
         out: Folder of the model, made or replaced.
         experts: The checkpoints, checked against the store and remembered in the model; without
             them the model can be evaluated only where they are given.
-        baseline: ``"excess"`` or ``"raw"``, see ``CertificateRecord``.
+        baseline: ``"hindsight"``, ``"excess"`` or ``"raw"``, see ``CertificateRecord``. Measured
+            with hindsight a document's loss lies between 0 and ``-log min_k w_k``; measured as
+            excess it has the scale of a log-likelihood ratio, hundreds of nats, and a single odd
+            document can talk the prior out of an expert that other documents need.
         delta: Share of the uniform prior mixed into the solution, in (0, 1).
         tol: Largest gap between the certificate's bounds, in nats per document.
 
@@ -52,15 +55,17 @@ def fit(
         >>> model = fit(LogProbStore.open("store/"), "modular/")              # doctest: +SKIP
         >>> print(model.sentence())                                           # doctest: +SKIP
     """
-    if baseline not in ("excess", "raw"):
-        raise ValueError(f"baseline: expected 'excess' or 'raw', got {baseline!r}")
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline: expected one of {', '.join(BASELINES)}, got {baseline!r}")
     names = store.experts if experts is None else experts.names
     if not names or not store.corpora:
         raise ValueError(f"{store.path}: holds no scored experts and corpora; score some first")
     folder = Path(out)
     entries = _entries(store, experts, folder)
     log_probs = {name: store.document_log_probs(name, names) for name in store.corpora}
-    solution = robust_prior(log_probs, baseline=baseline, tol=tol)
+    hindsight = torch.stack([-part.amax(dim=1).mean() for part in log_probs.values()])  # [D]
+    offset = hindsight if baseline == "hindsight" else baseline
+    solution = robust_prior(log_probs, baseline=offset, tol=tol)
     shipped = solution.floor(delta)
     proof = certificate(log_probs, shipped.prior, solution.mixture, baseline=solution.baseline)
     record = CertificateRecord(

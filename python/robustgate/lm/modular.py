@@ -26,6 +26,13 @@ from robustgate.lm.files import read_json
 FORMAT = "robustgate modular model"
 VERSION = 1
 
+BASELINES = {
+    "hindsight": " more than choosing the best expert for every single document with hindsight",
+    "excess": " more than the best expert of each document's domain",
+    "raw": "",
+}
+"""What a certificate can measure from, and how its sentence says so."""
+
 
 @dataclass(frozen=True)
 class CertificateRecord:
@@ -36,8 +43,10 @@ class CertificateRecord:
     ``sum_d lambda_d l_d(w)`` over all mixtures ``lambda``.
 
     Attributes:
-        baseline: What ``b_d`` is: ``"excess"`` for the best single expert on ``d``, ``"raw"`` for
-            0.
+        baseline: What ``b_d`` is: ``"hindsight"`` for ``E_x[-max_k L_k(x)]``, the best expert of
+            every single document; ``"excess"`` for ``min_k E_x[-L_k(x)]``, the best expert of the
+            domain; ``"raw"`` for 0. The first is the smaller of the two, so its certificate holds
+            for the second as well.
         documents: Documents the prior was fitted on.
         lower_bound: No prior over these experts has a smaller worst case.
         upper_bound: The solver's prior has no larger worst case.
@@ -194,16 +203,12 @@ class ModularModel:
     def sentence(self) -> str:
         """Return the certificate in one sentence."""
         proven = self.certificate
-        against = (
-            " more than the best expert of each document's domain"
-            if proven.baseline == "excess"
-            else ""
-        )
         return (
             f"Whatever the mixture of the {len(self.domains)} domains, the robust mixture pays on "
-            f"average at most {proven.worst_case:.3f} nats per document{against}, and no fixed "
-            f"weights of these experts can promise less than {proven.lower_bound:.3f} (proven on "
-            f"the {proven.documents:,} documents of the fit)."
+            f"average at most {proven.worst_case:.3f} nats per document"
+            f"{BASELINES[proven.baseline]}, and no fixed weights of these experts can promise less "
+            f"than {proven.lower_bound:.3f} (proven on the {proven.documents:,} documents of the "
+            "fit)."
         )
 
 

@@ -149,6 +149,7 @@ def solver(model: ModularModel) -> Section:
             "The prior is the solution of a game: one side chooses weights for the experts, the "
             "other the mixture of domains that hurts most. The solver stops when the best answer "
             "of one side and of the other are the same, and that is the proof.",
+            *_uniform(model),
         ),
         side_by_side=True,
         figures=(
@@ -186,16 +187,27 @@ def solver(model: ModularModel) -> Section:
                 "expert can be lost.",
             ),
             Table.of(
-                ("domain", "share in the worst mixture", "best expert, nats per document"),
+                ("domain", "share in the worst mixture", "baseline, nats per document"),
                 [
                     (domain, f"{share:.4f}", f"{base:.2f}")
                     for domain, share, base in zip(
                         model.domains, model.mixture.tolist(), model.baseline.tolist(), strict=True
                     )
                 ],
-                "The least favourable mixture, and the baseline of the excess.",
+                f"The least favourable mixture, and the {proven.baseline} baseline of the losses.",
             ),
         ),
+    )
+
+
+def _uniform(model: ModularModel) -> tuple[str, ...]:
+    """Say so if the solution is the uniform prior."""
+    if float((model.prior - 1 / len(model.prior)).abs().max()) > 0.005:
+        return ()
+    return (
+        "Here it is the uniform prior, now with a proof: the domains are easy to tell apart and "
+        "every expert is needed, so that no other weights can promise less. It differs where "
+        "experts overlap, repeat one another or serve no domain.",
     )
 
 
