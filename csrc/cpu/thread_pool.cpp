@@ -1,5 +1,6 @@
 #include "cpu/thread_pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -101,11 +102,16 @@ class Pool {
 
 std::atomic<Pool*> g_pool{nullptr};
 
+std::atomic<bool> g_forked{false};
+
 // Never destroyed: detached workers may outlive static destructors. A forked child has none of the
 // parent's threads, so it drops the pointer and starts afresh.
 Pool& pool() {
   static const bool registered = [] {
-    pthread_atfork(nullptr, nullptr, [] { g_pool.store(nullptr); });
+    pthread_atfork(nullptr, nullptr, [] {
+      g_pool.store(nullptr);
+      g_forked.store(true);
+    });
     return true;
   }();
   (void)registered;
@@ -119,6 +125,19 @@ Pool& pool() {
     }
   }
   return *current;
+}
+
+// The OpenMP runtime that torch has loaded, or null. Its threads spin for milliseconds after every
+// torch op; threads of ours beside them would share their cores. It hangs in a forked child.
+using OpenMPParallel = void (*)(void (*function)(void*), void* data, unsigned threads,
+                                unsigned flags);
+
+OpenMPParallel openmp() {
+  static const OpenMPParallel found = []() -> OpenMPParallel {
+    void* library = dlopen("libgomp.so.1", RTLD_NOW | RTLD_NOLOAD);
+    return library ? reinterpret_cast<OpenMPParallel>(dlsym(library, "GOMP_parallel")) : nullptr;
+  }();
+  return g_forked.load() ? nullptr : found;
 }
 
 thread_local bool t_inside = false;
@@ -138,7 +157,12 @@ void parallel_for(int64_t chunks, int threads, ChunkFunction function, void* con
     return;
   }
   t_inside = true;
-  shared.run(job, job.seats);
+  if (const OpenMPParallel run = openmp()) {
+    run([](void* data) { static_cast<Job*>(data)->run(); }, &job,
+        static_cast<unsigned>(job.seats + 1), 0);
+  } else {
+    shared.run(job, job.seats);
+  }
   t_inside = false;
 }
 

@@ -1,8 +1,10 @@
-// A small pool for fork-safe data parallelism.
+// Data parallelism on torch's own OpenMP threads, or on a small pool where there are none.
 //
-// The calling thread takes chunks like every worker and never waits for a worker that has not
-// started, so a busy neighbour delays a call by one chunk at most. A second caller, a nested call
-// or a single thread run on the calling thread. After fork() the child starts a pool of its own.
+// On Linux torch loads libgomp, whose threads spin for a while after every torch op: the same
+// threads have to do our work, or both would share the cores. Without libgomp, and in a forked
+// child (where it hangs), the pool serves: its caller takes chunks like every worker and never
+// waits for a worker that has not started. A second caller, a nested call or a single thread run on
+// the calling thread.
 #pragma once
 
 #include <cstdint>

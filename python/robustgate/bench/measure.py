@@ -34,7 +34,7 @@ class Contention:
     @property
     def contended(self) -> bool:
         """Whether a ratio taken now would be worth nothing."""
-        return self.utilisation < 0.93 or self.barrier_p99 > 2000.0
+        return self.utilisation < 0.85 or self.barrier_p99 > 2000.0
 
 
 def contention() -> Contention:
@@ -43,7 +43,7 @@ def contention() -> Contention:
     work = torch.rand(1 << 20)
     work.exp()
     start, used = time.perf_counter(), time.process_time()
-    for _ in range(60):
+    for _ in range(200):
         work.exp()
     wall, used = time.perf_counter() - start, time.process_time() - used
     small = torch.rand(1 << 16)
