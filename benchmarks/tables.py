@@ -123,8 +123,9 @@ def main() -> None:
     replace(
         HERE.parent / "README.md",
         f"## Speed\n\n{picture}\n\n`mixture_nll` against the fastest of two compiled and three "
-        f"eager formulations, measured in one run:\n\n{table(rows)}\n\n{note}\nHow it is measured, "
-        "and what falls short: [benchmarks/README.md](benchmarks/README.md).",
+        "eager formulations, the variants of a line measured in one run:\n\n"
+        f"{table(rows)}\n\n{note}\nHow it is measured, and what falls short: "
+        "[benchmarks/README.md](benchmarks/README.md).",
     )
     replace(HERE / "README.md", f"{table(rows)}\n\nEvery variant:\n\n{full_table(rows)}\n\n{note}")
 
