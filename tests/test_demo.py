@@ -187,10 +187,13 @@ def test_too_few_domains_are_refused_by_name():
 
 
 @pytest.mark.parametrize("experts", [3, 4, 5])
-def test_monolith_is_the_smallest_that_is_no_smaller_than_all_experts(experts):
+def test_monolith_is_the_narrowest_that_is_no_smaller_than_all_experts(experts):
     config = monolith_config(experts, STANDARD.vocab_size)
+    width = config["hidden_size"] - 16
+    narrower = {**config, "hidden_size": width, "intermediate_size": 3 * width}
     wanted = experts * parameters(EXPERT_CONFIG, STANDARD.vocab_size)
-    assert wanted <= parameters(config, STANDARD.vocab_size) < 1.15 * wanted
+    assert parameters(narrower, STANDARD.vocab_size) < wanted
+    assert parameters(config, STANDARD.vocab_size) >= wanted
 
 
 def test_parameters_are_those_of_the_model():

@@ -46,7 +46,7 @@ def read_domains(
     splits for validation and test are filled before the one for training.
 
     Args:
-        characters: Characters wanted per domain, by split. A domain with less than a quarter of
+        characters: Characters wanted per domain, by split. A domain with less than an eighth of
             them in any split is left out.
         seed: Order of the sources.
         document_size: Characters at which a document ends, at the next end of a paragraph.
@@ -69,7 +69,7 @@ def read_domains(
     for name, reader in readers.items():
         domain = _read_domain(name, reader, characters, seed, document_size, seen, split_of)
         found = {split: sum(map(len, texts)) for split, texts in domain.documents.items()}
-        if all(found[split] >= wanted / 4 for split, wanted in characters.items()):
+        if all(found[split] >= wanted / 8 for split, wanted in characters.items()):
             domains.append(domain)
     if len(domains) < 3:
         names = ", ".join(domain.name for domain in domains) or "none"
