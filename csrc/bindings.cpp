@@ -55,14 +55,14 @@ int64_t cpu_expert_log_prob(const Integers& logits, int64_t target, int64_t log_
 }
 
 void cpu_expert_log_prob_backward(const Integers& logits, int64_t target, int64_t lse, int64_t grad,
-                                  const Integers& grad_logits, const Integers& padded_vocab,
-                                  const Spec& spec, int threads) {
+                                  int64_t grad_lse, const Integers& grad_logits,
+                                  const Integers& padded_vocab, const Spec& spec, int threads) {
   const auto rows = logit_rows(logits);
   const auto grad_rows = logit_rows(grad_logits);
   py::gil_scoped_release release;
   robustgate::cpu::expert_log_prob_backward(
       {logits_spec(spec, rows.size()), rows.data(), pointer<int64_t>(target), pointer<double>(lse),
-       pointer<void>(grad), grad_rows.data(), padded_vocab.data()},
+       pointer<void>(grad), pointer<void>(grad_lse), grad_rows.data(), padded_vocab.data()},
       threads);
 }
 

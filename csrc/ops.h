@@ -42,14 +42,16 @@ struct ExpertLogProb {
   double* lse;              // [N, K]  out; float64, so that exp(z' - lse) is exact for z' = 1e4
 };
 
-// dz[n, k, v] = grad[n, k] (1[v = y_n] - exp(z' - lse)) dz'/dz, recomputed from the logits.
-// Padding columns (up to padded_vocab[k]) receive 0.
+// dz[n, k, v] = [grad[n, k] (1[v = y_n] - p) + grad_lse[n, k] p] dz'/dz,  p = exp(z' - lse),
+// recomputed from the logits, which may be some columns of a row only. Padding columns (up to
+// padded_vocab[k]) receive 0.
 struct ExpertLogProbBackward {
   LogitsSpec spec;
   const LogitRows* logits;       // [K]
   const int64_t* target;         // [N]
   const double* lse;             // [N, K]
   const void* grad;              // [N, K]
+  const void* grad_lse;          // [N, K] or null
   const LogitRows* grad_logits;  // [K]  out
   const int64_t* padded_vocab;   // [K]  columns of each gradient
 };

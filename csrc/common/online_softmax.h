@@ -47,9 +47,11 @@ struct OnlineSoftmax {
     max = keep ? max : other.max;
   }
 
-  // The maximum, or NaN where the values have no softmax: +inf among them, or nothing but -inf.
-  RG_HOST_DEVICE double finite_max() const {
-    return isfinite((double)max) ? (double)max : (double)NAN;
+  // The maximum, or NaN where the values have no sum: NaN or +inf among them. Of nothing but -inf
+  // it is -inf, and so is the log-sum-exp: such values may be some columns of a longer row.
+  RG_HOST_DEVICE double summable_max() const {
+    const bool nothing = max == -(T)INFINITY && sum == (T)0;
+    return nothing || isfinite((double)max) ? (double)max : (double)NAN;
   }
 };
 

@@ -5,9 +5,10 @@
 // target, which is the peak where a model is sure: no running rescale, one fused multiply-add and
 // one exp2 a column. A row whose sum comes out far from that (beyond 2^64, or not finite) is redone
 // from its true maximum; what is still not finite (NaN, +inf, or nothing but -inf) ends as NaN in
-// its own row and expert. Backward: one read, one write; p is recomputed from the saved
-// log-sum-exp. Partial sums are float32 over at most 8192 columns, then float64. Parallelisation:
-// the caller hands out (expert, block of rows); rows are independent.
+// its own row and expert (the log-sum-exp of nothing but -inf is -inf). Backward: one read, one
+// write; p is recomputed from the saved log-sum-exp. Partial sums are float32 over at most 8192
+// columns, then float64. Parallelisation: the caller hands out (expert, block of rows); rows are
+// independent.
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
@@ -82,6 +83,15 @@ float row_max(const typename Loader<D>::Element* z, int64_t columns) {
   return result;
 }
 
+template <DType D>
+bool has_nan(const typename Loader<D>::Element* z, int64_t columns) {
+  for (int64_t v = 0; v < columns; ++v) {
+    const float x = Loader<D>::to_float(z[v]);
+    if (x != x) return true;
+  }
+  return false;
+}
+
 // sum_v 2^(scale (u_v - top)). The fused form subtracts the rounded product scale * top, one
 // instruction less; log2 of its sum is relative to that product.
 template <DType D, bool kCap, bool kFused>
@@ -134,10 +144,11 @@ struct LogSumExp {
 template <DType D, bool kCap>
 LogSumExp row_log_sum_exp(const typename Loader<D>::Element* z, int64_t target, int64_t vocab,
                           const Exponent& e) {
+  float top;
   for (int attempt = 0; attempt < 2; ++attempt) {
     const bool guess = attempt == 0;
     const bool partial = guess && vocab > kReferenceColumns;
-    float top = row_max<D>(z, partial ? kReferenceColumns : vocab);
+    top = row_max<D>(z, partial ? kReferenceColumns : vocab);
     if (const float y = Loader<D>::to_float(z[target]); y > top) top = y;
     if (kCap) top = (float)::tanh((double)top * e.inner);
     if (!(top - top == 0)) continue;  // infinite
@@ -149,7 +160,7 @@ LogSumExp row_log_sum_exp(const typename Loader<D>::Element* z, int64_t target, 
       return {exponent * e.natural, ::log2(sum) * e.natural};
     }
   }
-  return {NAN, NAN};
+  return {top == -INFINITY && !has_nan<D>(z, vocab) ? -(double)INFINITY : (double)NAN, 0.0};
 }
 
 LogSumExp row_log_sum_exp(const double* z, const LogitsSpec& spec) {
@@ -157,13 +168,25 @@ LogSumExp row_log_sum_exp(const double* z, const LogitsSpec& spec) {
   for (int64_t v = 0; v < spec.vocab; ++v) {
     state.add(effective_logit(z[v], spec), kLog2EDouble);
   }
-  return {state.finite_max(), ::log2(state.sum) / kLog2EDouble};
+  return {state.summable_max(), ::log2(state.sum) / kLog2EDouble};
 }
 
-// dz[v] = -coefficient p_v (dz'/dz) for every column, then the target column, then 0 on padding.
+// Gradients of one row: of its target's log-prob and of its log-sum-exp.
+struct RowGrad {
+  double log_prob;
+  double lse;
+};
+
+// log_prob (1 - p_y) + lse p_y, without cancellation.
+inline double target_gradient(double log_p, RowGrad grad) {
+  const double of_lse = grad.lse == 0 ? 0.0 : grad.lse * ::exp(log_p);
+  return of_lse - (grad.log_prob == 0 ? 0.0 : grad.log_prob * expm1(log_p));
+}
+
+// dz[v] = (lse - log_prob) p_v (dz'/dz) for every column, then the target column.
 template <DType D, bool kCap>
 void row_backward(const typename Loader<D>::Element* z, typename Loader<D>::Element* dz,
-                  int64_t target, double lse, double grad, const LogitsSpec& spec,
+                  int64_t target, double lse, RowGrad grad, const LogitsSpec& spec,
                   const Exponent& e) {
   constexpr int kPerLoad = Loader<D>::kPerLoad;
   constexpr int64_t kStep = kLanes * kPerLoad;
@@ -171,8 +194,7 @@ void row_backward(const typename Loader<D>::Element* z, typename Loader<D>::Elem
   // difference is exact where p is not negligible, however large the logits are.
   const float top = (float)(lse / e.unit);
   const float residual = (float)((lse - (double)top * e.unit) / e.natural);
-  const double coefficient = grad / spec.temperature;
-  const Vec factor = splat((float)-coefficient);
+  const Vec factor = splat((float)((grad.lse - grad.log_prob) / spec.temperature));
   const auto gradient = [&](Vec x) {
     const Vec u = capped<kCap>(x, e);
     const Vec dz = factor * exp2((u - top) * e.scale - residual);
@@ -194,17 +216,19 @@ void row_backward(const typename Loader<D>::Element* z, typename Loader<D>::Elem
 
   const double zy = Loader<D>::to_float(z[target]);
   const double th = kCap ? ::tanh(zy / spec.softcap) : 0.0;
-  dz[target] = Loader<D>::from_float(
-      (float)(-coefficient * expm1(effective_logit(zy, spec) - lse) * (1.0 - th * th)));
+  dz[target] =
+      Loader<D>::from_float((float)(target_gradient(effective_logit(zy, spec) - lse, grad) *
+                                    (1.0 - th * th) / spec.temperature));
 }
 
-void row_backward(const double* z, double* dz, int64_t target, double lse, double grad,
+void row_backward(const double* z, double* dz, int64_t target, double lse, RowGrad grad,
                   const LogitsSpec& spec) {
   for (int64_t v = 0; v < spec.vocab; ++v) {
     const double th = spec.softcap > 0 ? ::tanh(z[v] / spec.softcap) : 0.0;
     const double log_p = effective_logit(z[v], spec) - lse;
-    const double one_minus = v == target ? -expm1(log_p) : -::exp(log_p);
-    dz[v] = grad * one_minus * (1.0 - th * th) / spec.temperature;
+    const double effective =
+        v == target ? target_gradient(log_p, grad) : (grad.lse - grad.log_prob) * ::exp(log_p);
+    dz[v] = effective * (1.0 - th * th) / spec.temperature;
   }
 }
 
@@ -276,12 +300,13 @@ void backward(const ExpertLogProbBackward& op, int64_t k, int64_t begin, int64_t
   for_each_row(
       op.spec, op.target, begin, end, [&](int64_t n) { zero(n, 0); },
       [&](int64_t n, int64_t y) {
-        const double grad = ((const Stat*)op.grad)[n * experts + k];
-        if (grad == 0) return zero(n, 0);
+        const int64_t i = n * experts + k;
+        const RowGrad grad{((const Stat*)op.grad)[i],
+                           op.grad_lse ? ((const Stat*)op.grad_lse)[i] : (Stat)0};
+        if (grad.log_prob == 0 && grad.lse == 0) return zero(n, 0);
         zero(n, vocab);
         row(base + row_offset(op.logits[k], op.spec, n),
-            grad_base + row_offset(op.grad_logits[k], op.spec, n), y, op.lse[n * experts + k],
-            grad);
+            grad_base + row_offset(op.grad_logits[k], op.spec, n), y, op.lse[i], grad);
       });
 }
 
@@ -290,14 +315,14 @@ void backward_rows(const ExpertLogProbBackward& op, int64_t k, int64_t begin, in
   typedef typename Loader<D>::Element Element;
   const Exponent e(op.spec);
   backward<Element, float>(op, k, begin, end,
-                           [&](const Element* z, Element* dz, int64_t y, double lse, double grad) {
+                           [&](const Element* z, Element* dz, int64_t y, double lse, RowGrad grad) {
                              row_backward<D, kCap>(z, dz, y, lse, grad, op.spec, e);
                            });
 }
 
 void backward_rows_float64(const ExpertLogProbBackward& op, int64_t k, int64_t begin, int64_t end) {
   backward<double, double>(op, k, begin, end,
-                           [&](const double* z, double* dz, int64_t y, double lse, double grad) {
+                           [&](const double* z, double* dz, int64_t y, double lse, RowGrad grad) {
                              row_backward(z, dz, y, lse, grad, op.spec);
                            });
 }

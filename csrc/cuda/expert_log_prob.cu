@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
       const double unit = cap / a.spec.temperature;  // effective logits per unit of u
       // `scale` was rounded to S: log2 of the sum is in units of the same rounded value.
       const double natural = unit / static_cast<double>(exponent.scale);
-      const double max = state.finite_max();
+      const double max = state.summable_max();
       const double log_sum = ::log2(static_cast<double>(state.sum)) * natural;
       const double zy = static_cast<double>(to_statistic<S>(z[y]));
       const double target = ((kCap ? ::tanh(zy / cap) : zy) - max) * unit - log_sum;

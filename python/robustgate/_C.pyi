@@ -34,6 +34,7 @@ def cpu_expert_log_prob_backward(
     target: int,
     lse: int,
     grad: int,
+    grad_lse: int,
     grad_logits: _Rows,
     padded_vocab: Sequence[int],
     spec: _Spec,

@@ -6,8 +6,15 @@ from robustgate import game, lm
 from robustgate.ops import (
     backend,
     expert_log_prob,
+    generalized_jsd,
+    jsd,
+    linear_jsd,
+    linear_mixture_nll,
+    mixture_kl,
     mixture_log_prob,
+    mixture_log_softmax,
     mixture_nll,
+    sequence_log_prob,
 )
 
 __all__ = [
@@ -15,7 +22,14 @@ __all__ = [
     "backend",
     "expert_log_prob",
     "game",
+    "generalized_jsd",
+    "jsd",
+    "linear_jsd",
+    "linear_mixture_nll",
     "lm",
+    "mixture_kl",
     "mixture_log_prob",
+    "mixture_log_softmax",
     "mixture_nll",
+    "sequence_log_prob",
 ]

@@ -42,7 +42,7 @@ A = torch.zeros(2)
         ([Z, Z], Y.bool(), {}, TypeError, "target must be a dense integer tensor, got torch.bool"),
         ([Z, Z], [0, 1, 2], {}, TypeError, "target must be a dense integer tensor, got list"),
         ([Z, Z], Y[:2], {}, ValueError, r"leading shape \[3\], got \[2\]"),
-        ([Z, Z], Y.to("meta"), {}, ValueError, "target is on meta, logits are on cpu"),
+        ([Z, Z], Y.to("meta"), {}, ValueError, "target is on meta, experts are on cpu"),
         (
             [Z, Z],
             Y,

@@ -24,7 +24,7 @@ def raw_ops(dtype):
         ("expert_log_prob", (case.logits, case.target, *settings)),
         (
             "expert_log_prob_backward",
-            (torch.randn_like(log_prob), case.logits, case.target, lse, *settings),
+            (torch.randn_like(log_prob), None, case.logits, case.target, lse, *settings),
         ),
         ("mixture_log_prob", (log_prob, gate)),
         ("mixture_log_prob", (log_prob, gate[0])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -111,34 +112,34 @@ def _is_dense(argument: object, dtypes: frozenset[torch.dtype]) -> bool:
     )
 
 
-def check_target(op: str, target: Tensor, experts: list[Tensor]) -> Tensor:
-    """Return the target as int64 [...], the leading shape of the logits."""
+def check_target(op: str, target: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    """Return the target as int64 [...], the leading shape of the experts' tensors."""
     if not _is_dense(target, _INTEGER):
         raise TypeError(f"{op}: target must be a dense integer tensor, got {_describe(target)}")
     leading = experts[0].shape[:-1]
     if target.shape != leading:
         raise ValueError(
-            f"{op}: target must have the logits' leading shape {list(leading)}, "
+            f"{op}: target must have the experts' leading shape {list(leading)}, "
             f"got {list(target.shape)}"
         )
     if target.device != experts[0].device:
-        raise ValueError(f"{op}: target is on {target.device}, logits are on {experts[0].device}")
+        raise ValueError(f"{op}: target is on {target.device}, experts are on {experts[0].device}")
     return target if target.dtype == torch.int64 else target.long()
 
 
-def check_gate(op: str, gate_logits: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+def check_gate(
+    op: str, gate_logits: Tensor, shape: Sequence[int], like: Tensor, name: str = "gate_logits"
+) -> Tensor:
     """Return gate logits [K] or ``shape`` = [..., K] in the dtype of the statistics of ``like``."""
     if not _is_dense(gate_logits, _FLOATING):
         raise TypeError(
-            f"{op}: gate_logits must be a dense floating-point tensor, got {_describe(gate_logits)}"
+            f"{op}: {name} must be a dense floating-point tensor, got {_describe(gate_logits)}"
         )
     if gate_logits.device != like.device:
-        raise ValueError(
-            f"{op}: gate_logits are on {gate_logits.device}, log-probs on {like.device}"
-        )
+        raise ValueError(f"{op}: {name} are on {gate_logits.device}, experts on {like.device}")
     if gate_logits.shape != tuple(shape) and gate_logits.shape != tuple(shape[-1:]):
         raise ValueError(
-            f"{op}: gate_logits must be {list(shape[-1:])} or {list(shape)}, "
+            f"{op}: {name} must be {list(shape[-1:])} or {list(shape)}, "
             f"got {list(gate_logits.shape)}"
         )
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -169,22 +170,141 @@ def check_transform(op: str, temperature: float, softcap: float | None) -> None:
             raise ValueError(f"{op}: {name} must be between 1e-30 and 1e30, got {value}")
 
 
-def check_reduction(op: str, reduction: str) -> None:
-    """Check the name of a reduction."""
+def check_regularisers(op: str, label_smoothing: float, z_loss: float) -> None:
+    """Check the two regularisers of a likelihood loss."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"{op}: z_loss must be finite and at least 0, got {z_loss}")
+
+
+@dataclass(frozen=True)
+class HeadArguments:
+    """Checked arguments of a linear op: K hidden states, heads and biases (none, or K)."""
+
+    hidden: list[Tensor]  # K x [..., H_k]
+    lm_head: list[Tensor]  # K x [>= V, H_k]
+    bias: list[Tensor]  # K x [>= V], or empty
+    vocab_size: int
+    requires_grad: bool
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the device and dtype of the statistics, without elements."""
+        double = self.hidden[0].dtype == torch.float64
+        return self.hidden[0].new_empty(0, dtype=torch.float64 if double else torch.float32)
+
+
+def unpack_heads(
+    op: str,
+    hidden: Sequence[Tensor],
+    lm_head: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    vocab_size: int | None,
+) -> HeadArguments:
+    """Return the checked tensors of K language-model heads and the shared vocabulary size."""
+    states, heads, biases = list(hidden), list(lm_head), list(bias or ())
+    if not states or len(states) != len(heads) or (biases and len(biases) != len(heads)):
+        raise ValueError(
+            f"{op}: expected K >= 1 hidden states, K heads and K biases or none, "
+            f"got {len(states)}, {len(heads)} and {len(biases)}"
+        )
+    for name, tensors, rank in (("hidden", states, 1), ("lm_head", heads, 2), ("bias", biases, 1)):
+        for k, x in enumerate(tensors):
+            if not _is_dense(x, _FLOATING):
+                raise TypeError(
+                    f"{op}: {name}[{k}] must be a dense floating-point tensor, got {_describe(x)}"
+                )
+            if x.dim() != rank and not (name == "hidden" and x.dim() >= rank):
+                expected = {"hidden": "[..., H]", "lm_head": "[V, H]", "bias": "[V]"}[name]
+                raise ValueError(f"{op}: {name}[{k}] must be {expected}, got {list(x.shape)}")
+            if x.device != states[0].device:
+                raise ValueError(
+                    f"{op}: tensors must be on one device, got {states[0].device} and {x.device} "
+                    f"({name}[{k}])"
+                )
+            if (x.dtype == torch.float64) != (states[0].dtype == torch.float64):
+                raise TypeError(
+                    f"{op}: float64 does not mix with other dtypes, got {states[0].dtype} and "
+                    f"{x.dtype} ({name}[{k}])"
+                )
+    for k, (x, head) in enumerate(zip(states, heads, strict=True)):
+        if x.shape[-1] != head.shape[1] or x.shape[:-1] != states[0].shape[:-1]:
+            raise ValueError(
+                f"{op}: hidden[{k}] must be {[*states[0].shape[:-1], head.shape[1]]} for a head "
+                f"{list(head.shape)}, got {list(x.shape)}"
+            )
+    sizes = [head.shape[0] for head in heads] + [b.shape[0] for b in biases]
+    if vocab_size is None:
+        if len(set(sizes)) > 1 or sizes[0] < 1:
+            raise ValueError(
+                f"{op}: heads have sizes {sizes}; pass vocab_size, the number of shared rows, "
+                "at least 1"
+            )
+        vocab_size = sizes[0]
+    elif not 1 <= vocab_size <= min(sizes):
+        raise ValueError(
+            f"{op}: vocab_size must be between 1 and the smallest size {min(sizes)}, "
+            f"got {vocab_size}"
+        )
+    requires_grad = any(x.requires_grad for x in (*states, *heads, *biases))
+    return HeadArguments(states, heads, biases, vocab_size, requires_grad)
+
+
+def check_workspace(op: str, workspace_bytes: int | None, device: torch.device) -> int:
+    """Return the workspace of a linear op in bytes: 64 MiB on a CPU, else 512 MiB by default."""
+    if workspace_bytes is None:
+        return (64 if device.type == "cpu" else 512) << 20
+    if workspace_bytes < 1 << 20:
+        raise ValueError(f"{op}: workspace_bytes must be at least 1 MiB, got {workspace_bytes}")
+    return workspace_bytes
+
+
+def check_mask(op: str, target: Tensor | None, experts: Sequence[Tensor]) -> Tensor | None:
+    """Return the target of an op that only looks for ``ignore_index`` in it."""
+    return None if target is None else check_target(op, target, experts)
+
+
+def check_weights(op: str, weights: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return mixture weights [K] or ``shape`` = [..., K]; 1/K each where none are given."""
+    if weights is None:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return like.new_full((shape[-1],), 1.0 / shape[-1], dtype=dtype)
+    return check_gate(op, weights, shape, like, "weights")
+
+
+def check_reduction(op: str, reduction: str, num_items: Tensor | float | None = None) -> None:
+    """Check the name of a reduction, and that a divisor comes with a mean."""
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"{op}: num_items divides a 'mean', got reduction={reduction!r}")
+    if isinstance(num_items, Tensor) and num_items.numel() != 1:
+        raise ValueError(
+            f"{op}: num_items must be a number or a tensor of one, got {list(num_items.shape)}"
+        )
 
 
 def reduce(
     values: Tensor,  # [...]
-    target: Tensor,  # [...]
+    target: Tensor | None,  # [...]
     ignore_index: int,
     reduction: str,
+    num_items: Tensor | float | None = None,
 ) -> Tensor:
-    """Apply ``"none"``, ``"sum"`` or ``"mean"`` (over rows that count; 0 if there are none)."""
+    """Apply ``"none"``, ``"sum"`` or ``"mean"`` (over rows that count; 0 if there are none).
+
+    ``num_items`` replaces the number of rows that count.
+    """
     if reduction == "none":
         return values
+    total = values.sum()
     if reduction == "sum":
-        return values.sum()
-    count = torch.count_nonzero(target != ignore_index)
-    return values.sum() / count.clamp_min(1)
+        return total
+    if num_items is not None:
+        return total / (num_items.squeeze() if isinstance(num_items, Tensor) else num_items)
+    if target is None:
+        return total / max(values.numel(), 1)
+    return total / torch.count_nonzero(target != ignore_index).clamp_min(1)

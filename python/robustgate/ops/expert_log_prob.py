@@ -23,11 +23,17 @@ def _fake(
 
 def _fake_backward(
     grad: Tensor,
+    grad_lse: Tensor | None,
     logits: Sequence[Tensor],
     target: Tensor,
     lse: Tensor,
     *settings: Any,
 ) -> list[Tensor]:
+    return fresh_gradients(logits)
+
+
+def fresh_gradients(logits: Sequence[Tensor]) -> list[Tensor]:
+    """Return an uninitialised contiguous tensor like each of the logits."""
     return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in logits]
 
 
@@ -61,23 +67,24 @@ def _eager(
 
 def _eager_backward(
     grad: Tensor,
+    grad_lse: Tensor | None,
     logits: Sequence[Tensor],
     target: Tensor,
     lse: Tensor,
     *settings: Any,
 ) -> list[Tensor]:
-    return reference.expert_log_prob_backward(grad, logits, target, *settings)
+    return reference.expert_log_prob_backward(grad, grad_lse, logits, target, lse, *settings)
 
 
-_SETTINGS = "SymInt vocab_size, int ignore_index, float temperature, float? softcap"
+SETTINGS = "SymInt vocab_size, int ignore_index, float temperature, float? softcap"
 _expert_log_prob = define(
-    f"expert_log_prob(Tensor[] logits, Tensor target, {_SETTINGS}) -> (Tensor, Tensor)",
+    f"expert_log_prob(Tensor[] logits, Tensor target, {SETTINGS}) -> (Tensor, Tensor)",
     _fake,
     _eager,
 )
 _expert_log_prob_backward = define(
-    "expert_log_prob_backward(Tensor grad, Tensor[] logits, Tensor target, Tensor lse, "
-    f"{_SETTINGS}) -> Tensor[]",
+    "expert_log_prob_backward(Tensor grad, Tensor? grad_lse, Tensor[] logits, Tensor target, "
+    f"Tensor lse, {SETTINGS}) -> Tensor[]",
     _fake_backward,
     _eager_backward,
 )
@@ -88,8 +95,15 @@ def trainable(logits: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tens
     return [z for z, needed in zip(logits, needs_grad, strict=True) if needed]
 
 
+def per_expert(grads: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+    """Return the gradients of the experts that need one in their places, None elsewhere."""
+    remaining = iter(grads)
+    return [next(remaining) if needed else None for needed in needs_grad]
+
+
 def logits_gradients(
     grad: Tensor,  # [..., K]
+    grad_lse: Tensor | None,  # [..., K]
     logits: Sequence[Tensor],  # those that need a gradient, [..., >= V] each
     target: Tensor,  # [...]
     lse: Tensor,  # [..., K]
@@ -102,8 +116,11 @@ def logits_gradients(
     if len(logits) < len(needs_grad):
         columns = [k for k, needed in enumerate(needs_grad) if needed]
         grad, lse = grad[..., columns], lse[..., columns]
-    grads = iter(_expert_log_prob_backward(grad.contiguous(), list(logits), target, lse, *settings))
-    return [next(grads) if needed else None for needed in needs_grad]
+        grad_lse = None if grad_lse is None else grad_lse[..., columns]
+    grads = _expert_log_prob_backward(
+        grad.contiguous(), grad_lse, list(logits), target, lse, *settings
+    )
+    return per_expert(grads, needs_grad)
 
 
 class _ExpertLogProb(torch.autograd.Function):
@@ -123,7 +140,7 @@ class _ExpertLogProb(torch.autograd.Function):
         return (
             None,
             None,
-            *logits_gradients(grad, logits, target, lse, needs_grad, ctx.settings),
+            *logits_gradients(grad, None, logits, target, lse, needs_grad, ctx.settings),
         )
 
 

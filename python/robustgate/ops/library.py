@@ -78,10 +78,20 @@ def define(schema: str, fake: Kernel, eager: Kernel) -> Kernel:
     Returns the op, ``torch.ops.robustgate.<name>.default``.
     """
     name = schema.partition("(")[0]
+    _defaults[name] = eager
+    return _declare(schema, fake, _choosing(name, {"auto": eager, "eager": eager}))
+
+
+def define_composed(schema: str, fake: Kernel, kernel: Kernel) -> Kernel:
+    """Declare a raw op made of matrix products and other raw ops, whose backends it runs on."""
+    return _declare(schema, fake, kernel)
+
+
+def _declare(schema: str, fake: Kernel, kernel: Kernel) -> Kernel:
+    name = schema.partition("(")[0]
     _library.define(schema)
     torch.library.register_fake(f"robustgate::{name}", fake, lib=_library)
-    _defaults[name] = eager
-    _library.impl(name, _choosing(name, {"auto": eager, "eager": eager}), _EVERY_DEVICE)
+    _library.impl(name, kernel, _EVERY_DEVICE)
     op: Kernel = getattr(torch.ops.robustgate, name).default
     return op
 

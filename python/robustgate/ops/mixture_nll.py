@@ -13,6 +13,7 @@ from robustgate.ops import checks, reference
 from robustgate.ops.expert_log_prob import check_target_range, logits_gradients, trainable
 from robustgate.ops.library import define
 from robustgate.ops.mixture_log_prob import gate_gradient
+from robustgate.ops.mixture_mean_log_prob import mixture_mean_log_prob
 
 
 def _fake(
@@ -93,16 +94,21 @@ _mixture_nll_backward = define(
 class _MixtureNLL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate_logits: Tensor, target: Tensor, settings: tuple[Any, ...], *logits: Tensor
+        ctx: Any,
+        gate_logits: Tensor,
+        target: Tensor,
+        settings: tuple[Any, ...],
+        z_loss: float,
+        *logits: Tensor,
     ) -> Tensor:
         nll: Tensor
         nll, log_prob, lse = _mixture_nll(list(logits), gate_logits, target, *settings)
         # Frozen experts: the [N, K] values are all the backward pass needs.
         ctx.save_for_backward(
-            gate_logits, target, log_prob, lse, *trainable(logits, ctx.needs_input_grad[3:])
+            gate_logits, target, log_prob, lse, *trainable(logits, ctx.needs_input_grad[4:])
         )
-        ctx.settings = settings
-        return nll
+        ctx.settings, ctx.z_loss = settings, z_loss
+        return _add_z_loss(nll, lse, z_loss)
 
     @staticmethod
     @once_differentiable
@@ -111,16 +117,27 @@ class _MixtureNLL(torch.autograd.Function):
         grad_log_prob, grad_gate = _mixture_nll_backward(
             grad.contiguous(), log_prob, gate_logits, target, ctx.settings[1]
         )
-        needs_gate, _, _, *needs_logits = ctx.needs_input_grad
+        grad_lse = None
+        if ctx.z_loss and logits:
+            grad_lse = (2 * ctx.z_loss * lse * grad.unsqueeze(-1)).to(log_prob.dtype)
+        needs_gate, _, _, _, *needs_logits = ctx.needs_input_grad
         return (
             gate_gradient(grad_gate, gate_logits) if needs_gate else None,
             None,
             None,
-            *logits_gradients(grad_log_prob, logits, target, lse, needs_logits, ctx.settings),
+            None,
+            *logits_gradients(
+                grad_log_prob, grad_lse, logits, target, lse, needs_logits, ctx.settings
+            ),
         )
 
 
 _apply: Callable[..., Tensor] = _MixtureNLL.apply
+
+
+def _add_z_loss(nll: Tensor, lse: Tensor, z_loss: float) -> Tensor:
+    """Add ``z_loss * sum_k lse_k^2``; the log-sum-exps [..., K] of ignored rows are 0."""
+    return nll + (z_loss * lse.square().sum(-1)).to(nll.dtype) if z_loss else nll
 
 
 def mixture_nll(
@@ -129,6 +146,9 @@ def mixture_nll(
     target: Tensor,  # [...]
     *,
     reduction: str = "mean",
+    num_items: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -151,6 +171,13 @@ def mixture_nll(
     Other args:
         reduction: ``"mean"`` over the rows that count (0 if there are none), ``"sum"`` or
             ``"none"``.
+        num_items: what ``"mean"`` divides by instead of the rows that count: a number or a tensor
+            of one, such as the tokens of all micro-batches of a step, on all ranks.
+        label_smoothing: :math:`\varepsilon` in [0, 1): the loss becomes :math:`-(1 - \varepsilon)
+            \log m(y) - \frac{\varepsilon}{V} \sum_v \log m(v)` for the mixture m, the
+            cross-entropy to a smoothed target. Reads the logits twice more.
+        z_loss: :math:`\zeta \ge 0`: adds :math:`\zeta \sum_k (\log \sum_v e^{z'_k(v)})^2`, which
+            keeps each expert's normaliser near 1 (for K = 1 the z-loss of PaLM); no cost.
         ignore_index: rows with this target give 0 and no gradient; their logits are not read.
         temperature: :math:`\tau`, positive.
         softcap: :math:`c`, positive, or None for no cap.
@@ -184,10 +211,16 @@ def mixture_nll(
     target = checks.check_target(op, target, experts)
     gate = checks.check_gate(op, gate_logits, (*target.shape, len(experts)), experts[0])
     checks.check_transform(op, temperature, softcap)
-    checks.check_reduction(op, reduction)
+    checks.check_reduction(op, reduction, num_items)
+    checks.check_regularisers(op, label_smoothing, z_loss)
     settings = (vocab_size, ignore_index, temperature, softcap)
+    hard = 1.0 - label_smoothing
+    z_loss = z_loss / hard
     if (requires_grad or gate.requires_grad) and torch.is_grad_enabled():
-        nll = _apply(gate, target, settings, *experts)
+        nll = _apply(gate, target, settings, z_loss, *experts)
     else:
-        nll = _mixture_nll(experts, gate, target, *settings)[0]
-    return checks.reduce(nll, target, ignore_index, reduction)
+        nll, _, lse = _mixture_nll(experts, gate, target, *settings)
+        nll = _add_z_loss(nll, lse, z_loss)
+    if label_smoothing:
+        nll = hard * nll - label_smoothing * mixture_mean_log_prob(experts, gate, target, settings)
+    return checks.reduce(nll, target, ignore_index, reduction, num_items)

@@ -34,6 +34,20 @@ def effective_logits(
     return z if temperature == 1.0 else z / temperature
 
 
+def log_sum_exp(z: Tensor) -> Tensor:
+    """Return ``log sum_v exp z_v`` in float64: as exact as the sum."""
+    top = z.amax(-1, keepdim=True)
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    total = torch.exp(z - top).contiguous().sum(-1, dtype=torch.float64)
+    return top.squeeze(-1).double() + total.log()
+
+
+def effective_target_logit(z: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """Return the effective logit of single logits, in float64."""
+    z = z.double()
+    return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+
+
 def _safe_index(
     target: Tensor, vocab_size: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,37 +72,114 @@ def expert_log_prob(
         z = effective_logits(expert, vocab_size, temperature, softcap)
         log_p = torch.log_softmax(z, dim=-1)
         log_prob.append(log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1))
-        lse.append(torch.logsumexp(z, dim=-1).double())
+        lse.append(log_sum_exp(z))
     out = torch.stack(log_prob, dim=-1).masked_fill(outside.unsqueeze(-1), float("nan"))
     zero = ignored.unsqueeze(-1)
     return out.masked_fill(zero, 0.0), torch.stack(lse, dim=-1).masked_fill(zero, 0.0)
 
 
+def log_relative(z: Tensor, lse: Tensor) -> Tensor:
+    """Return ``z - lse`` in the dtype of z, exact however large a float64 ``lse`` is."""
+    top = lse.to(z.dtype)
+    return (z - top) - (lse - top).to(z.dtype)
+
+
+def logits_gradient(
+    dz: Tensor,  # [..., V]  gradient of the effective logits
+    logits: Tensor,  # [..., V_k]
+    target: Tensor | None,  # [...]
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+) -> Tensor:  # [..., V_k]
+    """Return ``dz dz'/dz`` in the logits' dtype, 0 on ignored rows and padding columns."""
+    vocab_size = dz.shape[-1]
+    dz = dz / temperature
+    if softcap is not None:
+        capped = torch.tanh(logits[..., :vocab_size].to(dz.dtype) / softcap)
+        dz = dz * (1 - capped * capped)
+    if target is not None:
+        dz = dz.masked_fill((target == ignore_index).unsqueeze(-1), 0.0)
+    out = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    out[..., :vocab_size] = dz
+    return out
+
+
 def expert_log_prob_backward(
     grad: Tensor,  # [..., K]
+    grad_lse: Tensor | None,  # [..., K]
     logits: Sequence[Tensor],  # K x [..., >= V]
     target: Tensor,  # [...]
+    lse: Tensor,  # [..., K]
     vocab_size: int,
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> list[Tensor]:  # K x [..., V_k]
-    """Return ``dz_k(v) = grad_k (1[v = y] - p_k(v)) dz'/dz``; padding columns receive 0."""
-    index, ignored, outside = _safe_index(target, vocab_size, ignore_index)
+    """Return ``dz_k(v) = [ grad_k (1[v = y] - p_k(v)) + grad_lse_k p_k(v) ] dz'/dz``.
+
+    ``p_k = exp(z'_k - lse_k)``: the logits may be some columns of a row only.
+    """
+    index, _, outside = _safe_index(target, vocab_size, ignore_index)
     grads = []
     for k, expert in enumerate(logits):
         z = effective_logits(expert, vocab_size, temperature, softcap)
-        one_hot = torch.zeros_like(z).scatter_(-1, index.unsqueeze(-1), 1.0)
+        log_p = log_relative(z, lse[..., k : k + 1])
+        p = torch.exp(log_p)
+        at_target = -torch.expm1(log_p.gather(-1, index.unsqueeze(-1)))
         weight = grad[..., k : k + 1].to(z.dtype)
-        dz = weight * (one_hot - torch.softmax(z, dim=-1)) / temperature
-        if softcap is not None:
-            capped = torch.tanh(expert[..., :vocab_size].to(z.dtype) / softcap)
-            dz = dz * (1 - capped * capped)
-        dz = dz.masked_fill((ignored | outside).unsqueeze(-1) | (weight == 0), 0.0)
-        out = expert.new_zeros(expert.shape)
-        out[..., :vocab_size] = dz
-        grads.append(out)
+        one_minus = (-p).scatter(-1, index.unsqueeze(-1), at_target)
+        dz = (weight * one_minus).masked_fill(outside.unsqueeze(-1) | (weight == 0), 0.0)
+        if grad_lse is not None:
+            weight = grad_lse[..., k : k + 1].to(z.dtype)
+            dz = dz + (weight * p).masked_fill(weight == 0, 0.0)
+        grads.append(logits_gradient(dz, expert, target, ignore_index, temperature, softcap))
     return grads
+
+
+def mixture_log_softmax(
+    logits: Sequence[Tensor],  # K x [..., >= V]
+    gate_logits: Tensor,  # [..., K] or [K]
+    vocab_size: int,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # [..., V], [..., K] float64
+    """Return ``log m(v) = log sum_k g_k p_k(v)`` and the log-sum-exps."""
+    log_gate = torch.log_softmax(gate_logits, dim=-1)
+    joint, lse = [], []
+    for k, expert in enumerate(logits):
+        z = effective_logits(expert, vocab_size, temperature, softcap)
+        joint.append(log_gate[..., k : k + 1] + torch.log_softmax(z, dim=-1))
+        lse.append(log_sum_exp(z))
+    return torch.logsumexp(torch.stack(joint, dim=-1), dim=-1), torch.stack(lse, dim=-1)
+
+
+def mixture_log_softmax_backward(
+    grad: Tensor,  # [..., V] or [..., 1]
+    logits: Sequence[Tensor],  # K x [..., >= V]
+    gate_logits: Tensor,  # [..., K] or [K]
+    log_mixture: Tensor,  # [..., V]
+    needs_grad: Sequence[bool],  # K
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[list[Tensor], Tensor]:  # [..., V_k] for each expert that needs it; [..., K]
+    """Return ``dz_k = c r_k - p_k sum_u c r_k`` and ``da_k = sum_v c (r_k - g_k)``, c = grad."""
+    vocab_size = log_mixture.shape[-1]
+    log_gate = torch.log_softmax(gate_logits, dim=-1)
+    grads, shares = [], []
+    for k, expert in enumerate(logits):
+        z = effective_logits(expert, vocab_size, temperature, softcap)
+        log_p = torch.log_softmax(z, dim=-1)
+        share = torch.exp(log_gate[..., k : k + 1] + log_p - log_mixture)
+        share = share.masked_fill(log_mixture == float("-inf"), 0.0) * grad
+        shares.append(share.sum(-1))
+        if needs_grad[k]:
+            dz = share - torch.exp(log_p) * shares[k].unsqueeze(-1)
+            grads.append(logits_gradient(dz, expert, None, 0, temperature, softcap))
+    upstream = (
+        grad.expand_as(log_mixture).masked_fill(log_mixture == float("-inf"), 0.0).sum(-1, True)
+    )
+    return grads, torch.stack(shares, dim=-1) - torch.exp(log_gate) * upstream
 
 
 def mixture_log_prob(
@@ -117,3 +208,46 @@ def mixture_log_prob_backward(
         (g * responsibility).masked_fill(zero, 0.0),
         (g * (responsibility - torch.exp(log_gate))).masked_fill(zero, 0.0),
     )
+
+
+def mixture_mean_log_prob(
+    logits: Sequence[Tensor],  # K x [..., >= V]
+    gate_logits: Tensor,  # [..., K] or [K]
+    target: Tensor,  # [...]
+    vocab_size: int,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # [...], [..., K], [..., K] float64
+    """Return the means over the vocabulary of ``log m(v)`` and of r_k(v), and the log-sum-exps."""
+    log_mixture, lse = mixture_log_softmax(logits, gate_logits, vocab_size, temperature, softcap)
+    log_gate = torch.log_softmax(gate_logits, dim=-1)
+    shares = []
+    for k, expert in enumerate(logits):
+        z = effective_logits(expert, vocab_size, temperature, softcap)
+        share = torch.exp(log_gate[..., k : k + 1] + torch.log_softmax(z, dim=-1) - log_mixture)
+        shares.append(share.masked_fill(log_mixture == float("-inf"), 0.0).mean(-1))
+    ignored = target == ignore_index
+    mean = log_mixture.mean(-1).masked_fill(ignored, 0.0)
+    zero = ignored.unsqueeze(-1)
+    share = torch.stack(shares, dim=-1).masked_fill(zero, 0.0)
+    return mean, share, lse.masked_fill(zero, 0.0)
+
+
+def mixture_mean_log_prob_backward(
+    grad: Tensor,  # [...]
+    logits: Sequence[Tensor],  # K x [..., >= V]
+    gate_logits: Tensor,  # [..., K] or [K]
+    target: Tensor,  # [...]
+    needs_grad: Sequence[bool],  # K
+    vocab_size: int,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> list[Tensor]:  # one [..., V_k] for each expert that needs it
+    """Return ``dz_k(v) = grad (r_k(v) / V - p_k(v) mean_u r_k(u)) dz'/dz``."""
+    log_mixture, _ = mixture_log_softmax(logits, gate_logits, vocab_size, temperature, softcap)
+    upstream = (grad / vocab_size).masked_fill(target == ignore_index, 0.0).unsqueeze(-1)
+    return mixture_log_softmax_backward(
+        upstream, logits, gate_logits, log_mixture, needs_grad, temperature, softcap
+    )[0]

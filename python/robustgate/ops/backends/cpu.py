@@ -47,12 +47,14 @@ def expert_log_prob(
 
 def expert_log_prob_backward(
     grad: Tensor,
+    grad_lse: Tensor | None,
     logits: Sequence[Tensor],
     target: Tensor,
     lse: Tensor,
     *settings: Any,
 ) -> list[Tensor]:
     target, grad, lse = target.contiguous(), grad.contiguous(), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grads = [torch.empty(z.shape, dtype=z.dtype) for z in logits]
     rows, _kept = native.address_rows(logits)
     # Fresh and contiguous: flattening to rank 3 is a view, nothing is copied.
@@ -62,6 +64,7 @@ def expert_log_prob_backward(
         target.data_ptr(),
         lse.data_ptr(),
         grad.data_ptr(),
+        0 if grad_lse is None else grad_lse.data_ptr(),
         grad_rows,
         [z.shape[-1] for z in logits],
         native.logits_spec(logits[0], target.numel(), *settings),
