@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -111,6 +112,106 @@ void cpu_mixture_log_prob_backward(int64_t log_prob, int64_t gate_logits, int64_
       threads);
 }
 
+// (address, row stride) of gate logits or weights
+using PerRow = std::pair<int64_t, int64_t>;
+
+void cpu_jsd(const Integers& logits, PerRow weights, int64_t target, int64_t given_lse,
+             int64_t value, int64_t kl, int64_t lse, const Spec& spec, int threads) {
+  const auto rows = logit_rows(logits);
+  py::gil_scoped_release release;
+  robustgate::cpu::jsd({logits_spec(spec, rows.size()), rows.data(), pointer<float>(weights.first),
+                        weights.second, pointer<int64_t>(target), pointer<double>(given_lse),
+                        pointer<float>(value), pointer<float>(kl), pointer<double>(lse)},
+                       threads);
+}
+
+void cpu_jsd_backward(const Integers& logits, PerRow weights, int64_t target, int64_t lse,
+                      int64_t kl, int64_t grad, const Integers& grad_logits,
+                      const Integers& padded_vocab, const Spec& spec, int threads) {
+  const auto rows = logit_rows(logits);
+  const auto grad_rows = logit_rows(grad_logits);
+  py::gil_scoped_release release;
+  robustgate::cpu::jsd_backward(
+      {logits_spec(spec, rows.size()), rows.data(), pointer<float>(weights.first), weights.second,
+       pointer<int64_t>(target), pointer<double>(lse), pointer<float>(kl), pointer<float>(grad),
+       grad_rows.data(), padded_vocab.data()},
+      threads);
+}
+
+robustgate::MixtureKL kl_between(const std::vector<LogitRows>& rows, PerRow teacher, PerRow student,
+                                 int64_t target, int64_t value, int64_t tilt, int64_t balance,
+                                 int64_t lse, const Spec& spec) {
+  return {logits_spec(spec, rows.size()),
+          rows.data(),
+          pointer<float>(teacher.first),
+          teacher.second,
+          pointer<float>(student.first),
+          student.second,
+          pointer<int64_t>(target),
+          pointer<float>(value),
+          pointer<float>(tilt),
+          pointer<float>(balance),
+          pointer<double>(lse)};
+}
+
+void cpu_mixture_kl(const Integers& logits, PerRow teacher, PerRow student, int64_t target,
+                    int64_t value, int64_t tilt, int64_t balance, int64_t lse, const Spec& spec,
+                    int threads) {
+  const auto rows = logit_rows(logits);
+  py::gil_scoped_release release;
+  robustgate::cpu::mixture_kl(
+      kl_between(rows, teacher, student, target, value, tilt, balance, lse, spec), threads);
+}
+
+void cpu_mixture_kl_backward(const Integers& logits, PerRow teacher, PerRow student, int64_t target,
+                             int64_t value, int64_t tilt, int64_t balance, int64_t lse,
+                             int64_t grad, const Integers& grad_logits,
+                             const Integers& padded_vocab, const Spec& spec, int threads) {
+  const auto rows = logit_rows(logits);
+  const auto grad_rows = logit_rows(grad_logits);
+  py::gil_scoped_release release;
+  robustgate::cpu::mixture_kl_backward(
+      {kl_between(rows, teacher, student, target, value, tilt, balance, lse, spec),
+       pointer<float>(grad), grad_rows.data(), padded_vocab.data()},
+      threads);
+}
+
+robustgate::MixtureLogSoftmax gated(const std::vector<LogitRows>& rows, PerRow gate, int64_t target,
+                                    int64_t log_mixture, int64_t mean, int64_t share, int64_t lse,
+                                    const Spec& spec) {
+  return {logits_spec(spec, rows.size()),
+          rows.data(),
+          pointer<float>(gate.first),
+          gate.second,
+          pointer<int64_t>(target),
+          pointer<float>(log_mixture),
+          pointer<float>(mean),
+          pointer<float>(share),
+          pointer<double>(lse)};
+}
+
+void cpu_mixture_log_softmax(const Integers& logits, PerRow gate, int64_t target,
+                             int64_t log_mixture, int64_t mean, int64_t share, int64_t lse,
+                             const Spec& spec, int threads) {
+  const auto rows = logit_rows(logits);
+  py::gil_scoped_release release;
+  robustgate::cpu::mixture_log_softmax(
+      gated(rows, gate, target, log_mixture, mean, share, lse, spec), threads);
+}
+
+void cpu_mixture_log_softmax_backward(const Integers& logits, PerRow gate, int64_t target,
+                                      int64_t lse, int64_t grad, bool grad_per_row,
+                                      int64_t grad_gate_logits, const Integers& grad_logits,
+                                      const Integers& padded_vocab, const Spec& spec, int threads) {
+  const auto rows = logit_rows(logits);
+  const auto grad_rows = logit_rows(grad_logits);
+  py::gil_scoped_release release;
+  robustgate::cpu::mixture_log_softmax_backward(
+      {gated(rows, gate, target, 0, 0, 0, lse, spec), pointer<float>(grad), grad_per_row,
+       pointer<float>(grad_gate_logits), grad_rows.data(), padded_vocab.data()},
+      threads);
+}
+
 #ifdef ROBUSTGATE_WITH_CUDA
 void cuda_expert_log_prob(const Integers& logits, int64_t target, int64_t log_prob, int64_t lse,
                           const Spec& spec, int device, int64_t stream) {
@@ -133,6 +234,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cpu_mixture_nll", &cpu_mixture_nll);
   m.def("cpu_mixture_log_prob", &cpu_mixture_log_prob);
   m.def("cpu_mixture_log_prob_backward", &cpu_mixture_log_prob_backward);
+  m.def("cpu_jsd", &cpu_jsd);
+  m.def("cpu_jsd_backward", &cpu_jsd_backward);
+  m.def("cpu_mixture_kl", &cpu_mixture_kl);
+  m.def("cpu_mixture_kl_backward", &cpu_mixture_kl_backward);
+  m.def("cpu_mixture_log_softmax", &cpu_mixture_log_softmax);
+  m.def("cpu_mixture_log_softmax_backward", &cpu_mixture_log_softmax_backward);
 #ifdef ROBUSTGATE_WITH_CUDA
   m.attr("cuda_version") = robustgate::cuda::compiled_version();
   m.def("cuda_why_unusable", [](int device) -> std::optional<std::string> {

@@ -78,6 +78,84 @@ struct MixtureLogProbBackward {
   void* grad_gate_logits;  // [N, K] or null
 };
 
+// m = sum_k w_k p_k,  kl[n, k] = sum_v p_k log(p_k / m),  value[n] = sum_k w_k kl[n, k].
+// Rows whose target is ignore_index are 0 and not read. float64 logits are not served.
+struct JSD {
+  LogitsSpec spec;
+  const LogitRows* logits;  // [K]
+  const float* weights;     // [N, K], or [K] with weight_stride 0; they sum to 1
+  int64_t weight_stride;
+  const int64_t* target;    // [N] or null
+  const double* given_lse;  // [N, K] where the logits are some columns of a row only, else null
+  float* value;             // [N]     out
+  float* kl;                // [N, K]  out
+  double* lse;              // [N, K]  out
+};
+
+// dz[n, k, v] = grad[n] w_k p_k(v) (log(p_k / m)(v) - kl[n, k]) dz'/dz.
+struct JSDBackward {
+  LogitsSpec spec;
+  const LogitRows* logits;  // [K]
+  const float* weights;     // [N, K], or [K] with weight_stride 0
+  int64_t weight_stride;
+  const int64_t* target;         // [N] or null
+  const double* lse;             // [N, K]
+  const float* kl;               // [N, K]
+  const float* grad;             // [N]
+  const LogitRows* grad_logits;  // [K]  out; data null where no gradient is asked for
+  const int64_t* padded_vocab;   // [K]
+};
+
+// m_g = sum_k g_k p_k for both gates, t = m_teacher / m_student - 1:
+// value[n] = sum_v m_teacher log(1 + t), and for the gradients, 0 where the value is infinite,
+// tilt[n, k] = gamma_k E_{p_k}[t], balance[n, k] = E_{p_k}[g_k log(1 + t) - gamma_k t].
+struct MixtureKL {
+  LogitsSpec spec;
+  const LogitRows* logits;      // [K]
+  const float* teacher_logits;  // [N, K], or [K] with stride 0
+  int64_t teacher_stride;
+  const float* student_logits;  // [N, K], or [K] with stride 0
+  int64_t student_stride;
+  const int64_t* target;  // [N] or null
+  float* value;           // [N]     out
+  float* tilt;            // [N, K]  out
+  float* balance;         // [N, K]  out
+  double* lse;            // [N, K]  out
+};
+
+// dz[n, k, v] = grad[n] p_k(v) [ g_k log(1 + t)(v) - pull[n, k] - gamma_k t(v) + tilt[n, k] ]
+// dz'/dz.
+struct MixtureKLBackward {
+  MixtureKL forward;             // value, tilt, balance and lse are inputs
+  const float* grad;             // [N]
+  const LogitRows* grad_logits;  // [K]  out; data null where no gradient is asked for
+  const int64_t* padded_vocab;   // [K]
+};
+
+// log m(v) = log sum_k g_k p_k(v), the responsibilities r_k(v) = g_k p_k(v) / m(v).
+struct MixtureLogSoftmax {
+  LogitsSpec spec;
+  const LogitRows* logits;   // [K]
+  const float* gate_logits;  // [N, K], or [K] with gate_stride 0
+  int64_t gate_stride;
+  const int64_t* target;  // [N] or null
+  float* log_mixture;     // [N, V]  out, or null
+  float* mean;            // [N]     out, the mean of log m over the vocabulary, or null
+  float* share;           // [N, K]  out, the mean of r_k over the vocabulary, or null
+  double* lse;            // [N, K]  out
+};
+
+// For an upstream c: dz_k(v) = [ c(v) r_k(v) - p_k(v) sum_u c(u) r_k(u) ] dz'/dz and
+// da_k = sum_v c(v) (r_k(v) - g_k); columns no expert allows count for neither.
+struct MixtureLogSoftmaxBackward {
+  MixtureLogSoftmax forward;     // lse is an input, the other results are not used
+  const float* grad;             // [N, V], or [N] with grad_per_row
+  bool grad_per_row;             // c(v) = grad[n] for every column
+  float* grad_gate_logits;       // [N, K]  out, or null
+  const LogitRows* grad_logits;  // [K]     out; data null where no gradient is asked for
+  const int64_t* padded_vocab;   // [K]
+};
+
 constexpr int64_t kAllTargetsValid = -1;
 
 namespace cpu {
@@ -90,6 +168,12 @@ void mixture_log_prob(const MixtureLogProb& op, int threads);
 int64_t mixture_nll(const ExpertLogProb& experts, const void* gate_logits, int64_t gate_stride,
                     void* nll, int threads);
 void mixture_log_prob_backward(const MixtureLogProbBackward& op, int threads);
+void jsd(const JSD& op, int threads);
+void jsd_backward(const JSDBackward& op, int threads);
+void mixture_kl(const MixtureKL& op, int threads);
+void mixture_kl_backward(const MixtureKLBackward& op, int threads);
+void mixture_log_softmax(const MixtureLogSoftmax& op, int threads);
+void mixture_log_softmax_backward(const MixtureLogSoftmaxBackward& op, int threads);
 
 // "baseline", "avx2" or "avx512": what this processor runs, or what ROBUSTGATE_CPU forces.
 const char* instruction_set();

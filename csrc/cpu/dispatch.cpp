@@ -18,12 +18,19 @@ struct Kernels {
   decltype(&baseline::expert_log_prob_backward) expert_log_prob_backward;
   decltype(&baseline::mixture_log_prob) mixture_log_prob;
   decltype(&baseline::mixture_log_prob_backward) mixture_log_prob_backward;
+  decltype(&baseline::jsd) jsd;
+  decltype(&baseline::jsd_backward) jsd_backward;
+  decltype(&baseline::mixture_kl) mixture_kl;
+  decltype(&baseline::mixture_kl_backward) mixture_kl_backward;
+  decltype(&baseline::mixture_log_softmax) mixture_log_softmax;
+  decltype(&baseline::mixture_log_softmax_backward) mixture_log_softmax_backward;
 };
 
-#define RG_KERNELS(isa)                                                                  \
-  Kernels {                                                                              \
-    #isa, &isa::expert_log_prob, &isa::expert_log_prob_backward, &isa::mixture_log_prob, \
-        &isa::mixture_log_prob_backward                                                  \
+#define RG_KERNELS(isa)                                                                          \
+  Kernels {                                                                                      \
+    #isa, &isa::expert_log_prob, &isa::expert_log_prob_backward, &isa::mixture_log_prob,         \
+        &isa::mixture_log_prob_backward, &isa::jsd, &isa::jsd_backward, &isa::mixture_kl,        \
+        &isa::mixture_kl_backward, &isa::mixture_log_softmax, &isa::mixture_log_softmax_backward \
   }
 
 // The best set this processor runs; ROBUSTGATE_CPU names a lesser one. Read once.
@@ -71,6 +78,13 @@ void over_rows(int64_t experts, int64_t rows, int64_t bytes_per_row, int threads
 template <typename Body>
 void over_logits(const LogitsSpec& spec, int threads, Body body) {
   over_rows(spec.experts, spec.rows, spec.vocab * size_of(spec.dtype), threads, body);
+}
+
+// Ops that compare experts: one block of rows holds every expert's logits.
+template <typename Body>
+void over_all_experts(const LogitsSpec& spec, int threads, Body body) {
+  over_rows(1, spec.rows, spec.experts * spec.vocab * size_of(spec.dtype), threads,
+            [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
 }
 
 // The [N, K] ops: one block of rows holds every expert.
@@ -124,6 +138,28 @@ void mixture_log_prob_backward(const MixtureLogProbBackward& op, int threads) {
   over_log_probs(op.forward, threads, [&](int64_t begin, int64_t end) {
     kernels().mixture_log_prob_backward(op, begin, end);
   });
+}
+
+#define RG_RUN_ROWS(op, spec, kernel) \
+  over_all_experts(spec, threads,     \
+                   [&](int64_t begin, int64_t end) { kernels().kernel(op, begin, end); })
+
+void jsd(const JSD& op, int threads) { RG_RUN_ROWS(op, op.spec, jsd); }
+
+void jsd_backward(const JSDBackward& op, int threads) { RG_RUN_ROWS(op, op.spec, jsd_backward); }
+
+void mixture_kl(const MixtureKL& op, int threads) { RG_RUN_ROWS(op, op.spec, mixture_kl); }
+
+void mixture_kl_backward(const MixtureKLBackward& op, int threads) {
+  RG_RUN_ROWS(op, op.forward.spec, mixture_kl_backward);
+}
+
+void mixture_log_softmax(const MixtureLogSoftmax& op, int threads) {
+  RG_RUN_ROWS(op, op.spec, mixture_log_softmax);
+}
+
+void mixture_log_softmax_backward(const MixtureLogSoftmaxBackward& op, int threads) {
+  RG_RUN_ROWS(op, op.forward.spec, mixture_log_softmax_backward);
 }
 
 }  // namespace robustgate::cpu

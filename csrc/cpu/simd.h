@@ -35,6 +35,7 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef double VecD __attribute__((vector_size(8 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));  // also what a comparison gives
 
 inline Vec splat(float x) { return Vec{} + x; }
 
@@ -68,6 +69,20 @@ inline Vec min(Vec a, Vec b) {
   return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   return a < b ? a : b;
+#endif
+}
+
+// Whether x < bound in any lane; false where x is NaN.
+inline bool any_below(Vec x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(bound), _CMP_LT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)splat(bound), _CMP_LT_OQ)) != 0;
+#else
+  const VecI below = x < splat(bound);
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= below[i];
+  return any != 0;
 #endif
 }
 
@@ -138,6 +153,58 @@ inline Vec exp2(Vec t) {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 
+// e^d and e^d - 1, both to 1e-7 relative, for d <= 80; below -87 they are 0 and -1.
+struct Exponential {
+  Vec value;
+  Vec minus_one;
+};
+
+// e^d = 2^n 2^f with n the nearest integer, and 2^f - 1 = f P(f) errs by <= 1.1e-8 relative.
+inline Exponential exponential(Vec d) {
+#if defined(__AVX512F__)
+  constexpr int kNearest = 8;
+  const Vec n = (Vec)_mm512_roundscale_ps((__m512)(d * kLog2E), kNearest);
+  const Vec power = (Vec)_mm512_scalef_ps((__m512)splat(1.0f), (__m512)n);
+#else
+  d = max(splat(-87.0f), d);
+  const Vec magic = splat(12582912.0f + 127.0f);
+  const Vec shifted = d * kLog2E + magic;
+  const Vec n = shifted - magic;
+  const Vec power = (Vec)((VecU)shifted << 23);
+#endif
+  const Vec f = d * kLog2E - n;
+  Vec p = f * 1.5403512e-4f + 1.3390736e-3f;
+  p = p * f + 9.6182376e-3f;
+  p = p * f + 5.5503574e-2f;
+  p = p * f + 2.4022649e-1f;
+  p = (p * f + 6.9314718e-1f) * f;
+  return {power * p + power, power * p + (power - 1.0f)};
+}
+
+// log(y + residual) for y > 0 and a residual of at most its last place: relative error 1e-7 also
+// near 1, where log1p(x) = log_sum(1 + x, x - ((1 + x) - 1)). y = 0 gives about -88.
+inline Vec log_sum(Vec y, Vec residual) {
+  const VecI bits = (VecI)y;
+  const VecI exponent = ((bits - 0x3f400000) >> 23) << 23;  // y = m 2^exponent, m in [0.75, 1.5)
+  const Vec m = (Vec)(bits - exponent);
+  const Vec r = residual * (Vec)(0x3f800000 - exponent) + (m - 1.0f);
+  Vec q = r * 5.4111741e-2f - 1.2076720e-1f;
+  q = q * r + 1.4994498e-1f;
+  q = q * r - 1.6824313e-1f;
+  q = q * r + 1.9975913e-1f;
+  q = q * r - 2.4993218e-1f;
+  q = q * r + 3.3333594e-1f;
+  q = q * r - 5.0000066e-1f;
+  q = q * r * r + r;
+  const Vec n = __builtin_convertvector(exponent >> 23, Vec);
+  return n * 0.693147181f + q;
+}
+
+inline Vec log1p(Vec x) {
+  const Vec y = 1.0f + x;
+  return log_sum(y, x - (y - 1.0f));
+}
+
 // tanh y as an odd rational function of degrees 13 and 6, the minimax fit that Eigen and XLA use.
 // Where the argument is clamped the quotient rounds to exactly +-1.
 inline Vec tanh(Vec y) {
@@ -194,6 +261,47 @@ struct Loader<DType::kBFloat16> {
   }
   static Element from_float(float x) { return (Element)(round(splat(x))[0] >> 16); }
 };
+
+// Columns of floats in the order of a Loader's vectors: as they stand, or even and odd ones apart.
+template <int kPerLoad>
+inline void load_columns(const float* p, Vec* out) {
+  if constexpr (kPerLoad == 1) {
+    out[0] = load<Vec>(p);
+  } else {
+#if defined(__AVX512F__)
+    const __m512i even =
+        _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const __m512 first = (__m512)load<Vec>(p), second = (__m512)load<Vec>(p + kLanes);
+    out[0] = (Vec)_mm512_permutex2var_ps(first, even, second);
+    out[1] = (Vec)_mm512_permutex2var_ps(first, odd, second);
+#else
+    for (int i = 0; i < kLanes; ++i) {
+      out[0][i] = p[2 * i];
+      out[1][i] = p[2 * i + 1];
+    }
+#endif
+  }
+}
+
+template <int kPerLoad>
+inline void store_columns(float* p, const Vec* in) {
+  if constexpr (kPerLoad == 1) {
+    store(p, in[0]);
+  } else {
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    store(p, (Vec)_mm512_permutex2var_ps((__m512)in[0], low, (__m512)in[1]));
+    store(p + kLanes, (Vec)_mm512_permutex2var_ps((__m512)in[0], high, (__m512)in[1]));
+#else
+    for (int i = 0; i < kLanes; ++i) {
+      p[2 * i] = in[0][i];
+      p[2 * i + 1] = in[1][i];
+    }
+#endif
+  }
+}
 
 template <>
 struct Loader<DType::kFloat16> {

@@ -9,6 +9,9 @@ _Spec = tuple[int, int, int, int, float, float, int]
 # (rows, experts, gate_stride, ignore_index, sign, dtype code)
 _MixtureSpec = tuple[int, int, int, int, float, int]
 
+# (address, row stride) of gate logits or weights: stride 0 for [K], K for [N, K]
+_PerRow = tuple[int, int]
+
 cuda_version: int | None
 
 def instruction_set() -> str: ...
@@ -52,6 +55,89 @@ def cpu_mixture_log_prob_backward(
     grad_log_prob: int,
     grad_gate_logits: int,
     spec: _MixtureSpec,
+    threads: int,
+    /,
+) -> None: ...
+
+# A gradient whose data pointer is 0 is not asked for; elsewhere 0 stands for an optional tensor
+# that is not there.
+def cpu_jsd(
+    logits: _Rows,
+    weights: _PerRow,
+    target: int,
+    given_lse: int,
+    value: int,
+    kl: int,
+    lse: int,
+    spec: _Spec,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_jsd_backward(
+    logits: _Rows,
+    weights: _PerRow,
+    target: int,
+    lse: int,
+    kl: int,
+    grad: int,
+    grad_logits: _Rows,
+    padded_vocab: Sequence[int],
+    spec: _Spec,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_mixture_kl(
+    logits: _Rows,
+    teacher: _PerRow,
+    student: _PerRow,
+    target: int,
+    value: int,
+    tilt: int,
+    balance: int,
+    lse: int,
+    spec: _Spec,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_mixture_kl_backward(
+    logits: _Rows,
+    teacher: _PerRow,
+    student: _PerRow,
+    target: int,
+    value: int,
+    tilt: int,
+    balance: int,
+    lse: int,
+    grad: int,
+    grad_logits: _Rows,
+    padded_vocab: Sequence[int],
+    spec: _Spec,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_mixture_log_softmax(
+    logits: _Rows,
+    gate: _PerRow,
+    target: int,
+    log_mixture: int,
+    mean: int,
+    share: int,
+    lse: int,
+    spec: _Spec,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_mixture_log_softmax_backward(
+    logits: _Rows,
+    gate: _PerRow,
+    target: int,
+    lse: int,
+    grad: int,
+    grad_per_row: bool,
+    grad_gate_logits: int,
+    grad_logits: _Rows,
+    padded_vocab: Sequence[int],
+    spec: _Spec,
     threads: int,
     /,
 ) -> None: ...

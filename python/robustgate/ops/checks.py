@@ -304,7 +304,9 @@ def reduce(
     if reduction == "sum":
         return total
     if num_items is not None:
-        return total / (num_items.squeeze() if isinstance(num_items, Tensor) else num_items)
+        if isinstance(num_items, Tensor):
+            num_items = num_items.squeeze().to(total.dtype)
+        return total / num_items
     if target is None:
         return total / max(values.numel(), 1)
     return total / torch.count_nonzero(target != ignore_index).clamp_min(1)

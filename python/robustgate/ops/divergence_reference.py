@@ -151,6 +151,11 @@ def _two_mixtures(
     return below, t, log_ratio, _scaled_phi(t, below, ratio_term, difference)
 
 
+def _pull(g: Tensor, gamma: Tensor, t: Tensor, log_ratio: Tensor) -> Tensor:
+    """Return ``g_k log(1 + t) - gamma_k t`` [..., V, K]; a weight of 0 drops its term."""
+    return torch.where(g == 0, 0.0, g * log_ratio) - torch.where(gamma == 0, 0.0, gamma * t)
+
+
 def mixture_kl(
     logits: Sequence[Tensor],  # K x [..., >= V]
     teacher_gate_logits: Tensor,  # [..., K] or [K]
@@ -161,32 +166,34 @@ def mixture_kl(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [...], [..., K], [..., K], [..., K] float64
-    """Return KL(m_teacher || m_student), E_{p_k}[t], E_{p_k}[log(1 + t)] and the log-sum-exps.
+    """Return KL, gamma_k E_k[t], E_k[g_k log(1 + t) - gamma_k t] and the log-sum-exps.
 
-    The two expectations are what the gradients need; both are 0 in rows whose KL is infinite.
+    E_k is the mean under expert k, g the teacher's gate, gamma the student's, t the mixtures' ratio
+    minus 1. The gradients need the two means; both are 0 in rows whose KL is infinite.
     """
     d, p_ref, lse = _expert_columns(logits, target, vocab_size, ignore_index, temperature, softcap)
     teacher = torch.log_softmax(teacher_gate_logits.double(), -1)
     student = torch.log_softmax(student_gate_logits.double(), -1)
-    _, t, log_ratio, terms = _two_mixtures(d, teacher, student)
+    below, t, log_ratio, terms = _two_mixtures(d, teacher, student)
     value = torch.where(p_ref == 0, 0.0, p_ref * terms).sum((-2, -1))
     value = torch.where(torch.isnan(lse).any(-1), torch.nan, value)
     p = p_ref * torch.exp(d)
-    tilt = torch.where(p == 0, 0.0, p * t).sum(-2)
-    needed = (p > 0) & (torch.exp(teacher) > 0).unsqueeze(-2)
-    mean_log_ratio = torch.where(needed, p * log_ratio, 0.0).sum(-2)
+    g, gamma = torch.exp(teacher).unsqueeze(-2), torch.exp(student).unsqueeze(-2)
+    # Second-order where experts are nearly equal: sum_v m_gamma t is 0.
+    tilt = torch.where(below == 0, 0.0, gamma * (p - p_ref * below) * t).sum(-2)
+    balance = torch.where(p == 0, 0.0, p * _pull(g, gamma, t, log_ratio)).sum(-2)
     infinite = (value == _INFINITY).unsqueeze(-1)
     dtype = statistics_dtype(logits[0].dtype)
-    value, tilt, mean_log_ratio, lse = (
+    value, tilt, balance, lse = (
         _ignore(x, target, ignore_index)
         for x in (
             value.to(dtype),
             tilt.masked_fill(infinite, 0.0).to(dtype),
-            mean_log_ratio.masked_fill(infinite, 0.0).to(dtype),
+            balance.masked_fill(infinite, 0.0).to(dtype),
             lse,
         )
     )
-    return value, tilt, mean_log_ratio, lse
+    return value, tilt, balance, lse
 
 
 def mixture_kl_backward(
@@ -196,7 +203,7 @@ def mixture_kl_backward(
     student_gate_logits: Tensor,  # [..., K] or [K]
     value: Tensor,  # [...]
     tilt: Tensor,  # [..., K]
-    mean_log_ratio: Tensor,  # [..., K]
+    balance: Tensor,  # [..., K]
     target: Tensor | None,  # [...]
     needs_grad: Sequence[bool],  # K
     vocab_size: int,
@@ -204,16 +211,15 @@ def mixture_kl_backward(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> list[Tensor]:  # one [..., V_k] for each expert that needs it
-    """Return ``dz_k = grad p_k [ g_k (log(1+t) - E_k log(1+t)) - gamma_k (t - E_k t) ] dz'/dz``."""
+    """Return ``dz_k = grad p_k [ g_k log(1 + t) - gamma_k t - balance_k ] dz'/dz``."""
     d, p_ref, _ = _expert_columns(logits, target, vocab_size, ignore_index, temperature, softcap)
     teacher = torch.log_softmax(teacher_gate_logits.double(), -1)
     student = torch.log_softmax(student_gate_logits.double(), -1)
     _, t, log_ratio, _ = _two_mixtures(d, teacher, student)
     g, gamma = torch.exp(teacher).unsqueeze(-2), torch.exp(student).unsqueeze(-2)
     p = p_ref * torch.exp(d)
-    toward = torch.where(g == 0, 0.0, g * (log_ratio - mean_log_ratio.double().unsqueeze(-2)))
-    away = torch.where(gamma == 0, 0.0, gamma * (t - tilt.double().unsqueeze(-2)))
-    dz = grad.double()[..., None, None] * p * (toward - away)
+    pull = _pull(g, gamma, t, log_ratio) - balance.double().unsqueeze(-2)
+    dz = grad.double()[..., None, None] * p * pull
     nothing = ((grad == 0) | (value == _INFINITY))[..., None, None]
     dz = dz.masked_fill(nothing | (p == 0), 0.0)
     return [

@@ -82,6 +82,11 @@ def define(schema: str, fake: Kernel, eager: Kernel) -> Kernel:
     return _declare(schema, fake, _choosing(name, {"auto": eager, "eager": eager}))
 
 
+def eager_kernel(name: str) -> Kernel:
+    """Return the eager kernel of a raw op."""
+    return _defaults[name]
+
+
 def define_composed(schema: str, fake: Kernel, kernel: Kernel) -> Kernel:
     """Declare a raw op made of matrix products and other raw ops, whose backends it runs on."""
     return _declare(schema, fake, kernel)

@@ -159,11 +159,11 @@ def plan(
     width = max(head.weight.shape[1] for head in heads)
     copied = any(head.weight.dtype != dtype for head in heads)
     budget = workspace // dtype.itemsize // len(heads)
-    block = count
+    block = max(count, 1)
     if gradients:
         block = max(1, min(count, budget // 4 // width))  # a quarter for the rows' gradients
         budget -= block * width
-    rows, columns = min(block, _TILE_ROWS), min(vocab, _TILE_COLUMNS)
+    rows, columns = max(1, min(block, _TILE_ROWS)), min(vocab, _TILE_COLUMNS)
     tiles_held = 3 if gradients else 1  # logits, their gradients, and what leads to them
     weights_held = copied * (2 if gradients else 1)
 

@@ -36,7 +36,7 @@ def _fake_backward(
     student: Tensor,
     value: Tensor,
     tilt: Tensor,
-    mean_log_ratio: Tensor,
+    balance: Tensor,
     lse: Tensor,
     target: Tensor | None,
     needs_grad: Sequence[bool],
@@ -52,12 +52,12 @@ def _eager_backward(
     student: Tensor,
     value: Tensor,
     tilt: Tensor,
-    mean_log_ratio: Tensor,
+    balance: Tensor,
     lse: Tensor,
     *settings: Any,
 ) -> list[Tensor]:
     return divergence_reference.mixture_kl_backward(
-        grad, logits, teacher, student, value, tilt, mean_log_ratio, *settings
+        grad, logits, teacher, student, value, tilt, balance, *settings
     )
 
 
@@ -69,7 +69,7 @@ _mixture_kl = define(
 )
 _mixture_kl_backward = define(
     "mixture_kl_backward(Tensor grad, Tensor[] logits, Tensor teacher_gate_logits, "
-    "Tensor student_gate_logits, Tensor value, Tensor tilt, Tensor mean_log_ratio, Tensor lse, "
+    "Tensor student_gate_logits, Tensor value, Tensor tilt, Tensor balance, Tensor lse, "
     f"Tensor? target, bool[] needs_grad, {SETTINGS}) -> Tensor[]",
     _fake_backward,
     _eager_backward,
@@ -97,7 +97,7 @@ class _MixtureKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        teacher, student, target, value, tilt, mean_log_ratio, lse, *logits = ctx.saved_tensors
+        teacher, student, target, value, tilt, balance, lse, *logits = ctx.saved_tensors
         _, needs_student, _, _, *needs_logits = ctx.needs_input_grad
         grad_logits: list[Tensor | None] = [None] * len(needs_logits)
         if logits:
@@ -108,7 +108,7 @@ class _MixtureKL(torch.autograd.Function):
                 student,
                 value,
                 tilt,
-                mean_log_ratio,
+                balance,
                 lse,
                 target,
                 needs_logits,
@@ -117,9 +117,7 @@ class _MixtureKL(torch.autograd.Function):
             grad_logits = per_expert(grads, needs_logits)
         grad_student = None
         if needs_student:
-            grad_student = gate_gradient(
-                -grad.unsqueeze(-1) * torch.softmax(student, -1) * tilt, student
-            )
+            grad_student = gate_gradient(-grad.unsqueeze(-1) * tilt, student)
         return (None, grad_student, None, None, *grad_logits)
 
 

@@ -220,6 +220,8 @@ def mixture_mean_log_prob(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [...], [..., K], [..., K] float64
     """Return the means over the vocabulary of ``log m(v)`` and of r_k(v), and the log-sum-exps."""
+    ignored = target == ignore_index
+    logits = [z.masked_fill(ignored.unsqueeze(-1), 0.0) for z in logits]
     log_mixture, lse = mixture_log_softmax(logits, gate_logits, vocab_size, temperature, softcap)
     log_gate = torch.log_softmax(gate_logits, dim=-1)
     shares = []
@@ -227,7 +229,6 @@ def mixture_mean_log_prob(
         z = effective_logits(expert, vocab_size, temperature, softcap)
         share = torch.exp(log_gate[..., k : k + 1] + torch.log_softmax(z, dim=-1) - log_mixture)
         shares.append(share.masked_fill(log_mixture == float("-inf"), 0.0).mean(-1))
-    ignored = target == ignore_index
     mean = log_mixture.mean(-1).masked_fill(ignored, 0.0)
     zero = ignored.unsqueeze(-1)
     share = torch.stack(shares, dim=-1).masked_fill(zero, 0.0)
@@ -246,8 +247,10 @@ def mixture_mean_log_prob_backward(
     softcap: float | None = None,
 ) -> list[Tensor]:  # one [..., V_k] for each expert that needs it
     """Return ``dz_k(v) = grad (r_k(v) / V - p_k(v) mean_u r_k(u)) dz'/dz``."""
+    ignored = target == ignore_index
+    logits = [z.masked_fill(ignored.unsqueeze(-1), 0.0) for z in logits]
     log_mixture, _ = mixture_log_softmax(logits, gate_logits, vocab_size, temperature, softcap)
-    upstream = (grad / vocab_size).masked_fill(target == ignore_index, 0.0).unsqueeze(-1)
+    upstream = (grad / vocab_size).masked_fill(ignored, 0.0).unsqueeze(-1)
     return mixture_log_softmax_backward(
         upstream, logits, gate_logits, log_mixture, needs_grad, temperature, softcap
     )[0]

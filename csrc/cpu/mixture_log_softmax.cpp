@@ -1,0 +1,263 @@
+// Log-probs of a gated mixture over the vocabulary: log m(v) = log sum_k g_k p_k(v).
+//
+// Forward: log-sum-exps, then per column, from cache, a_k = log2(g_k p_k), top = max_k a_k and
+// log m = ln 2 (top + log2 sum_k 2^(a_k - top)): K exponentials and one logarithm. The same pass
+// can leave the means over the vocabulary of log m and of the responsibilities r_k = g_k p_k / m
+// instead. Backward for an upstream c(v): sum_v c r_k first, then dz_k = (c r_k - p_k sum_u c r_k)
+// dz'/dz; the gate's gradient needs the first pass only. A column no expert allows has log m = -inf
+// and takes part in nothing. Parallelisation: the caller hands out blocks of rows.
+
+#include "cpu/columns.h"
+#include "cpu/kernels.h"
+
+namespace robustgate {
+namespace RG_ISA {
+namespace {
+
+// One row of each expert and the gate's log2 weights.
+template <DType D>
+struct GatedColumns : Columns<D> {
+  explicit GatedColumns(int64_t experts)
+      : Columns<D>(experts, experts + 1),
+        log_gate(new float[2 * experts]),
+        gate(log_gate + experts) {}
+  ~GatedColumns() { delete[] log_gate; }
+  float* const log_gate;  // log2 g_k
+  float* const gate;
+
+  // Returns false where the gate or a log-sum-exp is not finite.
+  template <bool kCap>
+  bool start_row(const MixtureLogSoftmax& op, const LogitRows* grads, int64_t n,
+                 const Exponent& e) {
+    const int64_t experts = this->experts;
+    const float* logits = op.gate_logits + n * op.gate_stride;
+    float top = logits[0];
+    for (int64_t k = 1; k < experts; ++k) top = logits[k] > top ? logits[k] : top;
+    double sum = 0;
+    for (int64_t k = 0; k < experts; ++k) sum += ::exp((double)logits[k] - top);
+    for (int64_t k = 0; k < experts; ++k) {
+      const double log_g = (double)logits[k] - top - ::log(sum);
+      log_gate[k] = (float)(log_g * kLog2EDouble);
+      gate[k] = (float)::exp(log_g);
+    }
+    return sum > 0 && this->template start<kCap>(op.spec, op.logits, grads, n, nullptr,
+                                                 op.lse + n * experts, e);
+  }
+};
+
+// The mixture in one vector of columns; e[k] holds 2^(a_k - top).
+struct Gated {
+  Vec top;
+  Vec sum;  // m = 2^top sum
+};
+
+template <DType D>
+inline Gated gate_columns(const GatedColumns<D>& c, const Vec* x, float scale) {
+  constexpr int kStride = Loader<D>::kPerLoad;
+  Gated mixture{splat(-3e38f), Vec{}};
+  for (int64_t k = 0; k < c.experts; ++k) {
+    c.d[k] = log2_prob(c.rows[k], x[k * kStride], scale);
+    mixture.top = max(c.d[k] + c.log_gate[k], mixture.top);
+  }
+  for (int64_t k = 0; k < c.experts; ++k) {
+    c.e[k] = exp2(c.d[k] + c.log_gate[k] - mixture.top);
+    mixture.sum += c.e[k];
+  }
+  return mixture;
+}
+
+// Whether no expert that counts allows a column.
+inline VecI impossible(const Gated& mixture) { return mixture.top < kImpossible; }
+
+inline Vec log_mixture(const Gated& mixture) {
+  const Vec log = mixture.top * kLn2 + log_sum(mixture.sum, Vec{});
+  return impossible(mixture) ? splat(-INFINITY) : log;
+}
+
+// r_k relative to e[k]: 0 in impossible columns.
+inline Vec normaliser(const Gated& mixture) {
+  return impossible(mixture) ? Vec{} : 1.0f / mixture.sum;
+}
+
+template <DType D, bool kCap>
+void write_row(const GatedColumns<D>& c, const LogitsSpec& spec, const Exponent& e, float* out) {
+  constexpr int kPerLoad = Loader<D>::kPerLoad;
+  for_each_load<D, kCap, false>(c.rows, c.experts, spec.vocab, e, c.x,
+                                [&](const Vec* x, const Vec*, int64_t v, int64_t count) {
+                                  Vec value[kPerLoad];
+                                  for (int j = 0; j < kPerLoad; ++j)
+                                    value[j] = log_mixture(gate_columns(c, x + j, e.scale));
+                                  if (count == kLanes * kPerLoad) {
+                                    store_columns<kPerLoad>(out + v, value);
+                                  } else {
+                                    float tail[kLanes * kPerLoad];
+                                    store_columns<kPerLoad>(tail, value);
+                                    memcpy(out + v, tail, count * sizeof(float));
+                                  }
+                                });
+}
+
+// totals[k] = sum_v r_k(v), totals[K] = sum_v log m(v)
+template <DType D, bool kCap>
+void mean_row(const GatedColumns<D>& c, const LogitsSpec& spec, const Exponent& e, double* totals) {
+  sum_columns<D, kCap>(c, c.experts + 1, spec.vocab, e, totals, [&](const Vec* x, Vec valid) {
+    const Gated mixture = gate_columns(c, x, e.scale);
+    const Vec inverse = normaliser(mixture) * valid;
+    for (int64_t k = 0; k < c.experts; ++k) c.sums[k] += c.e[k] * inverse;
+    c.sums[c.experts] += valid > 0.0f ? log_mixture(mixture) : Vec{};
+  });
+}
+
+template <DType D, bool kCap>
+void forward(const MixtureLogSoftmax& op, int64_t begin, int64_t end) {
+  typedef typename Loader<D>::Element Element;
+  const int64_t experts = op.spec.experts, vocab = op.spec.vocab;
+  const Exponent e(op.spec);
+  GatedColumns<D> c(experts);
+  double* totals = new double[experts + 1];
+  for (int64_t n = begin; n < end; ++n) {
+    double* lse = op.lse + n * experts;
+    const bool ignored = op.target && op.target[n] == op.spec.ignore_index;
+    for (int64_t k = 0; k < experts; ++k) {
+      const Element* z = (const Element*)op.logits[k].data + row_offset(op.logits[k], op.spec, n);
+      lse[k] = ignored ? 0.0 : row_log_sum_exp<D, kCap>(z, 0, vocab, e).value();
+    }
+    const bool finite = !ignored && c.template start_row<kCap>(op, nullptr, n, e);
+    if (op.log_mixture) {
+      float* out = op.log_mixture + n * vocab;
+      if (finite) {
+        write_row<D, kCap>(c, op.spec, e, out);
+      } else {
+        for (int64_t v = 0; v < vocab; ++v) out[v] = NAN;
+      }
+      continue;
+    }
+    for (int64_t k = 0; k <= experts; ++k) totals[k] = ignored ? 0.0 : (double)NAN;
+    if (finite) mean_row<D, kCap>(c, op.spec, e, totals);
+    op.mean[n] = (float)(totals[experts] / vocab);
+    for (int64_t k = 0; k < experts; ++k) op.share[n * experts + k] = (float)(totals[k] / vocab);
+  }
+  delete[] totals;
+}
+
+// The upstream c(v) of a row: a number per column, or one for all.
+template <int kPerLoad>
+struct Upstream {
+  const float* columns;  // null: `constant` for every column
+  float constant;
+
+  void load(int64_t v, int64_t count, Vec* out) const {
+    if (columns == nullptr) {
+      for (int j = 0; j < kPerLoad; ++j) out[j] = splat(constant);
+    } else if (count == kLanes * kPerLoad) {
+      load_columns<kPerLoad>(columns + v, out);
+    } else {
+      float tail[kLanes * kPerLoad] = {};
+      memcpy(tail, columns + v, count * sizeof(float));
+      load_columns<kPerLoad>(tail, out);
+    }
+  }
+};
+
+// totals[k] = sum_v c r_k, totals[K] = sum_v c over columns that are not impossible
+template <DType D, bool kCap, typename Source>
+void upstream_totals(const GatedColumns<D>& c, const LogitsSpec& spec, const Exponent& e,
+                     const Source& upstream, double* totals) {
+  constexpr int kPerLoad = Loader<D>::kPerLoad;
+  constexpr int64_t kLoads = kColumnsPerFloatSum / (kLanes * kPerLoad);
+  const int64_t count_of_sums = c.experts + 1;
+  for (int64_t i = 0; i < count_of_sums; ++i) {
+    totals[i] = 0;
+    c.sums[i] = Vec{};
+  }
+  const auto flush = [&] {
+    for (int64_t i = 0; i < count_of_sums; ++i) {
+      totals[i] += sum_lanes(widen(c.sums[i]));
+      c.sums[i] = Vec{};
+    }
+  };
+  int64_t loads = 0;
+  for_each_load<D, kCap, false>(c.rows, c.experts, spec.vocab, e, c.x,
+                                [&](const Vec* x, const Vec* valid, int64_t v, int64_t count) {
+                                  Vec grad[kPerLoad];
+                                  upstream.load(v, count, grad);
+                                  for (int j = 0; j < kPerLoad; ++j) {
+                                    const Gated mixture = gate_columns(c, x + j, e.scale);
+                                    const VecI counts = (valid[j] > 0.0f) & ~impossible(mixture);
+                                    const Vec weight = counts ? grad[j] : Vec{};
+                                    const Vec scaled = weight / mixture.sum;
+                                    for (int64_t k = 0; k < c.experts; ++k)
+                                      c.sums[k] += c.e[k] * (counts ? scaled : Vec{});
+                                    c.sums[c.experts] += weight;
+                                  }
+                                  if (++loads == kLoads) {
+                                    loads = 0;
+                                    flush();
+                                  }
+                                });
+  flush();
+}
+
+template <DType D, bool kCap>
+void backward(const MixtureLogSoftmaxBackward& op, int64_t begin, int64_t end) {
+  constexpr int kPerLoad = Loader<D>::kPerLoad;
+  const MixtureLogSoftmax& fwd = op.forward;
+  const int64_t experts = fwd.spec.experts, vocab = fwd.spec.vocab;
+  const Exponent e(fwd.spec);
+  GatedColumns<D> c(experts);
+  double* totals = new double[experts + 1];
+  float* total = new float[experts];
+  for (int64_t n = begin; n < end; ++n) {
+    const bool ignored = fwd.target && fwd.target[n] == fwd.spec.ignore_index;
+    const Upstream<kPerLoad> upstream{op.grad_per_row ? nullptr : op.grad + n * vocab,
+                                      op.grad_per_row ? op.grad[n] : 0.0f};
+    const bool zero = ignored || (op.grad_per_row && upstream.constant == 0);
+    const bool finite = c.template start_row<kCap>(fwd, op.grad_logits, n, e);
+    bool any = false;
+    for (int64_t k = 0; k < experts; ++k) {
+      totals[k] = zero ? 0.0 : (double)NAN;
+      const bool asked =
+          fill_gradient<D>(fwd.spec, op.grad_logits[k], op.padded_vocab[k], n, zero, finite);
+      any = any || asked;
+    }
+    totals[experts] = 0;
+    if (finite && !zero) upstream_totals<D, kCap>(c, fwd.spec, e, upstream, totals);
+    for (int64_t k = 0; k < experts; ++k) {
+      total[k] = (float)totals[k];
+      if (op.grad_gate_logits) {
+        op.grad_gate_logits[n * experts + k] = (float)(totals[k] - c.gate[k] * totals[experts]);
+      }
+    }
+    if (!any) continue;
+    const float inverse_temperature = (float)(1.0 / fwd.spec.temperature);
+    for_each_load<D, kCap, true>(
+        c.rows, experts, vocab, e, c.x, [&](Vec* x, const Vec*, int64_t v, int64_t count) {
+          Vec grad[kPerLoad];
+          upstream.load(v, count, grad);
+          for (int j = 0; j < kPerLoad; ++j) {
+            const Gated mixture = gate_columns(c, x + j, e.scale);
+            const Vec scaled = impossible(mixture) ? Vec{} : grad[j] / mixture.sum;
+            for (int64_t k = 0; k < experts; ++k) {
+              Vec& u = x[k * kPerLoad + j];
+              const Vec dz = (c.e[k] * scaled - exp2(c.d[k]) * total[k]) * inverse_temperature;
+              u = kCap ? dz * (1.0f - u * u) : dz;
+            }
+          }
+        });
+  }
+  delete[] totals;
+  delete[] total;
+}
+
+}  // namespace
+
+void mixture_log_softmax(const MixtureLogSoftmax& op, int64_t begin, int64_t end) {
+  RG_FOR_LOGITS(op.spec, forward, op, begin, end)
+}
+
+void mixture_log_softmax_backward(const MixtureLogSoftmaxBackward& op, int64_t begin, int64_t end) {
+  RG_FOR_LOGITS(op.forward.spec, backward, op, begin, end)
+}
+
+}  // namespace RG_ISA
+}  // namespace robustgate

@@ -1,0 +1,314 @@
+"""Native CPU kernels of the ops that look at every column of every expert together.
+
+float64 logits run on the reference: it is there to check the others, and is float64 inside anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustgate.ops.backends import native
+from robustgate.ops.library import eager_kernel, register_kernel
+
+if native.import_error is None:
+    from robustgate import _C
+
+
+def _statistics(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uninitialised float32 [...] and [..., K], and float64 [..., K]."""
+    leading = logits[0].shape[:-1]
+    per_expert = torch.empty((*leading, len(logits)), dtype=torch.float32)
+    return (
+        torch.empty(leading, dtype=torch.float32),
+        per_expert,
+        torch.empty_like(per_expert, dtype=torch.float64),
+    )
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _per_row(values: Tensor, like: Tensor) -> tuple[int, int]:
+    """Return address and row stride of gate logits or weights, [K] or [..., K] as ``like`` is."""
+    return values.data_ptr(), values.shape[-1] if values.dim() == like.dim() else 0
+
+
+def _fresh_gradients(
+    logits: Sequence[Tensor], needs_grad: Sequence[bool]
+) -> tuple[list[Tensor], list[int]]:
+    """Return gradients of the experts that need one, and every expert's rows (0: none)."""
+    grads, flat = [], []
+    for z, needed in zip(logits, needs_grad, strict=True):
+        if not needed:
+            flat += [0, 0, 0]
+            continue
+        grad = torch.empty(z.shape, dtype=z.dtype)
+        # Fresh and contiguous: flattening to rank 3 is a view, nothing is copied.
+        flat += native.address_rows([grad if grad.dim() <= 3 else grad.flatten(0, -3)])[0]
+        grads.append(grad)
+    return grads, flat
+
+
+def jsd(
+    logits: Sequence[Tensor],
+    weights: Tensor,
+    lse: Tensor | None,
+    target: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, kl, out = _statistics(logits)
+    target, lse = _dense(target), _dense(lse)
+    weights = weights.contiguous()
+    rows, _kept = native.address_rows(logits)
+    _C.cpu_jsd(
+        rows,
+        _per_row(weights, kl),
+        _address(target),
+        _address(lse),
+        value.data_ptr(),
+        kl.data_ptr(),
+        out.data_ptr(),
+        native.logits_spec(logits[0], value.numel(), *settings),
+        torch.get_num_threads(),
+    )
+    return value, kl, out
+
+
+def jsd_backward(
+    grad: Tensor,
+    logits: Sequence[Tensor],
+    weights: Tensor,
+    kl: Tensor,
+    lse: Tensor,
+    target: Tensor | None,
+    needs_grad: Sequence[bool],
+    *settings: Any,
+) -> list[Tensor]:
+    grad, weights, kl, lse = _contiguous(grad, weights, kl, lse)
+    target = _dense(target)
+    grads, grad_rows = _fresh_gradients(logits, needs_grad)
+    rows, _kept = native.address_rows(logits)
+    _C.cpu_jsd_backward(
+        rows,
+        _per_row(weights, kl),
+        _address(target),
+        lse.data_ptr(),
+        kl.data_ptr(),
+        grad.data_ptr(),
+        grad_rows,
+        [z.shape[-1] for z in logits],
+        native.logits_spec(logits[0], grad.numel(), *settings),
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def mixture_kl(
+    logits: Sequence[Tensor],
+    teacher: Tensor,
+    student: Tensor,
+    target: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    value, tilt, lse = _statistics(logits)
+    balance = torch.empty_like(tilt)
+    teacher, student = _contiguous(teacher, student)
+    target = _dense(target)
+    rows, _kept = native.address_rows(logits)
+    _C.cpu_mixture_kl(
+        rows,
+        _per_row(teacher, tilt),
+        _per_row(student, tilt),
+        _address(target),
+        value.data_ptr(),
+        tilt.data_ptr(),
+        balance.data_ptr(),
+        lse.data_ptr(),
+        native.logits_spec(logits[0], value.numel(), *settings),
+        torch.get_num_threads(),
+    )
+    return value, tilt, balance, lse
+
+
+def mixture_kl_backward(
+    grad: Tensor,
+    logits: Sequence[Tensor],
+    teacher: Tensor,
+    student: Tensor,
+    value: Tensor,
+    tilt: Tensor,
+    balance: Tensor,
+    lse: Tensor,
+    target: Tensor | None,
+    needs_grad: Sequence[bool],
+    *settings: Any,
+) -> list[Tensor]:
+    grad, teacher, student, value, tilt, balance, lse = _contiguous(
+        grad, teacher, student, value, tilt, balance, lse
+    )
+    target = _dense(target)
+    grads, grad_rows = _fresh_gradients(logits, needs_grad)
+    rows, _kept = native.address_rows(logits)
+    _C.cpu_mixture_kl_backward(
+        rows,
+        _per_row(teacher, tilt),
+        _per_row(student, tilt),
+        _address(target),
+        value.data_ptr(),
+        tilt.data_ptr(),
+        balance.data_ptr(),
+        lse.data_ptr(),
+        grad.data_ptr(),
+        grad_rows,
+        [z.shape[-1] for z in logits],
+        native.logits_spec(logits[0], grad.numel(), *settings),
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def mixture_log_softmax(
+    logits: Sequence[Tensor],
+    gate_logits: Tensor,
+    vocab_size: int,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    gate_logits = gate_logits.contiguous()
+    leading = logits[0].shape[:-1]
+    out = torch.empty((*leading, vocab_size), dtype=torch.float32)
+    lse = torch.empty((*leading, len(logits)), dtype=torch.float64)
+    rows, _kept = native.address_rows(logits)
+    _C.cpu_mixture_log_softmax(
+        rows,
+        _per_row(gate_logits, lse),
+        0,
+        out.data_ptr(),
+        0,
+        0,
+        lse.data_ptr(),
+        native.logits_spec(logits[0], leading.numel(), vocab_size, 0, temperature, softcap),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def mixture_log_softmax_backward(
+    grad: Tensor,
+    logits: Sequence[Tensor],
+    gate_logits: Tensor,
+    log_mixture: Tensor,
+    lse: Tensor,
+    needs_grad: Sequence[bool],
+    vocab_size: int,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[list[Tensor], Tensor]:
+    grad, gate_logits, lse = _contiguous(grad, gate_logits, lse)
+    grad_gate = torch.empty(lse.shape, dtype=torch.float32)
+    grads, grad_rows = _fresh_gradients(logits, needs_grad)
+    rows, _kept = native.address_rows(logits)
+    count = lse.numel() // len(logits)
+    _C.cpu_mixture_log_softmax_backward(
+        rows,
+        _per_row(gate_logits, lse),
+        0,
+        lse.data_ptr(),
+        grad.data_ptr(),
+        False,
+        grad_gate.data_ptr(),
+        grad_rows,
+        [z.shape[-1] for z in logits],
+        native.logits_spec(logits[0], count, vocab_size, 0, temperature, softcap),
+        torch.get_num_threads(),
+    )
+    return grads, grad_gate
+
+
+def mixture_mean_log_prob(
+    logits: Sequence[Tensor], gate_logits: Tensor, target: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, share, lse = _statistics(logits)
+    gate_logits, target = _contiguous(gate_logits, target)
+    rows, _kept = native.address_rows(logits)
+    _C.cpu_mixture_log_softmax(
+        rows,
+        _per_row(gate_logits, share),
+        target.data_ptr(),
+        0,
+        mean.data_ptr(),
+        share.data_ptr(),
+        lse.data_ptr(),
+        native.logits_spec(logits[0], mean.numel(), *settings),
+        torch.get_num_threads(),
+    )
+    return mean, share, lse
+
+
+def mixture_mean_log_prob_backward(
+    grad: Tensor,
+    logits: Sequence[Tensor],
+    gate_logits: Tensor,
+    target: Tensor,
+    share: Tensor,
+    lse: Tensor,
+    needs_grad: Sequence[bool],
+    vocab_size: int,
+    *settings: Any,
+) -> list[Tensor]:
+    grad, gate_logits, target, lse = _contiguous(grad / vocab_size, gate_logits, target, lse)
+    grads, grad_rows = _fresh_gradients(logits, needs_grad)
+    rows, _kept = native.address_rows(logits)
+    _C.cpu_mixture_log_softmax_backward(
+        rows,
+        _per_row(gate_logits, lse),
+        target.data_ptr(),
+        lse.data_ptr(),
+        grad.data_ptr(),
+        True,
+        0,
+        grad_rows,
+        [z.shape[-1] for z in logits],
+        native.logits_spec(logits[0], grad.numel(), vocab_size, *settings),
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def _unless_float64(kernel: Callable[..., Any], logits_position: int) -> Callable[..., Any]:
+    reference = eager_kernel(kernel.__name__)
+
+    def run(*arguments: Any) -> Any:
+        double = arguments[logits_position][0].dtype == torch.float64
+        return (reference if double else kernel)(*arguments)
+
+    return run
+
+
+if native.import_error is None:
+    for _kernel, _logits_position in (
+        (jsd, 0),
+        (jsd_backward, 1),
+        (mixture_kl, 0),
+        (mixture_kl_backward, 1),
+        (mixture_log_softmax, 0),
+        (mixture_log_softmax_backward, 1),
+        (mixture_mean_log_prob, 0),
+        (mixture_mean_log_prob_backward, 1),
+    ):
+        register_kernel(
+            _kernel.__name__, "cpu", "native", _unless_float64(_kernel, _logits_position)
+        )
