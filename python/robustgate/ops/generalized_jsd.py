@@ -57,10 +57,12 @@ def generalized_jsd(
     if not 0 <= beta <= 1:
         raise ValueError(f"generalized_jsd: beta must be between 0 and 1, got {beta}")
     if 0 < beta < 1:
-        return jsd(
-            [student, teacher], torch.tensor([1 - beta, beta], device=student.device), **options
-        )
-    is_student = torch.tensor([0.0, -_INFINITY], device=student.device)
-    is_teacher = is_student.flip(0)
+        return jsd([student, teacher], _pair(1 - beta, beta, student), **options)
+    is_student, is_teacher = _pair(0.0, -_INFINITY, student), _pair(-_INFINITY, 0.0, student)
     first, second = (is_teacher, is_student) if beta == 0 else (is_student, is_teacher)
     return mixture_kl([student, teacher], first, second, **options)
+
+
+def _pair(first: float, second: float, like: Tensor) -> Tensor:
+    """Return a float64 [2] on a device without waiting for it, as a copy from the host would."""
+    return torch.stack([like.new_full((), value, dtype=torch.float64) for value in (first, second)])

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from robustgate.ops import checks, linear
+from robustgate.ops.autograd import once_differentiable
 from robustgate.ops.expert_log_prob import (
     SETTINGS,
     check_target_range,

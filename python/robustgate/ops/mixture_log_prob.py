@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from robustgate.ops import checks, reference
+from robustgate.ops.autograd import once_differentiable
 from robustgate.ops.library import define
 
 

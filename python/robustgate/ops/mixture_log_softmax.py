@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from robustgate.ops import checks, reference
+from robustgate.ops.autograd import once_differentiable
 from robustgate.ops.expert_log_prob import fresh_gradients, per_expert, trainable
 from robustgate.ops.library import define
 from robustgate.ops.mixture_log_prob import gate_gradient
