@@ -139,40 +139,32 @@ void cpu_jsd_backward(const Integers& logits, PerRow weights, int64_t target, in
 }
 
 robustgate::MixtureKL kl_between(const std::vector<LogitRows>& rows, PerRow teacher, PerRow student,
-                                 int64_t target, int64_t value, int64_t tilt, int64_t balance,
-                                 int64_t lse, const Spec& spec) {
-  return {logits_spec(spec, rows.size()),
-          rows.data(),
-          pointer<float>(teacher.first),
-          teacher.second,
-          pointer<float>(student.first),
-          student.second,
-          pointer<int64_t>(target),
-          pointer<float>(value),
-          pointer<float>(tilt),
-          pointer<float>(balance),
-          pointer<double>(lse)};
+                                 int64_t target, int64_t value, int64_t tilt, int64_t lse,
+                                 const Spec& spec) {
+  return {logits_spec(spec, rows.size()), rows.data(),
+          pointer<float>(teacher.first),  teacher.second,
+          pointer<float>(student.first),  student.second,
+          pointer<int64_t>(target),       pointer<float>(value),
+          pointer<float>(tilt),           pointer<double>(lse)};
 }
 
 void cpu_mixture_kl(const Integers& logits, PerRow teacher, PerRow student, int64_t target,
-                    int64_t value, int64_t tilt, int64_t balance, int64_t lse, const Spec& spec,
-                    int threads) {
+                    int64_t value, int64_t tilt, int64_t lse, const Spec& spec, int threads) {
   const auto rows = logit_rows(logits);
   py::gil_scoped_release release;
-  robustgate::cpu::mixture_kl(
-      kl_between(rows, teacher, student, target, value, tilt, balance, lse, spec), threads);
+  robustgate::cpu::mixture_kl(kl_between(rows, teacher, student, target, value, tilt, lse, spec),
+                              threads);
 }
 
 void cpu_mixture_kl_backward(const Integers& logits, PerRow teacher, PerRow student, int64_t target,
-                             int64_t value, int64_t tilt, int64_t balance, int64_t lse,
-                             int64_t grad, const Integers& grad_logits,
+                             int64_t value, int64_t lse, int64_t grad, const Integers& grad_logits,
                              const Integers& padded_vocab, const Spec& spec, int threads) {
   const auto rows = logit_rows(logits);
   const auto grad_rows = logit_rows(grad_logits);
   py::gil_scoped_release release;
   robustgate::cpu::mixture_kl_backward(
-      {kl_between(rows, teacher, student, target, value, tilt, balance, lse, spec),
-       pointer<float>(grad), grad_rows.data(), padded_vocab.data()},
+      {kl_between(rows, teacher, student, target, value, 0, lse, spec), pointer<float>(grad),
+       grad_rows.data(), padded_vocab.data()},
       threads);
 }
 

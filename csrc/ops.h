@@ -107,8 +107,8 @@ struct JSDBackward {
 };
 
 // m_g = sum_k g_k p_k for both gates, t = m_teacher / m_student - 1:
-// value[n] = sum_v m_teacher log(1 + t), and for the gradients, 0 where the value is infinite,
-// tilt[n, k] = gamma_k E_{p_k}[t], balance[n, k] = E_{p_k}[g_k log(1 + t) - gamma_k t].
+// value[n] = sum_v m_teacher log(1 + t), and for the student's gradient tilt[n, k] = gamma_k
+// E_{p_k}[t], 0 where the value is infinite.
 struct MixtureKL {
   LogitsSpec spec;
   const LogitRows* logits;      // [K]
@@ -119,14 +119,13 @@ struct MixtureKL {
   const int64_t* target;  // [N] or null
   float* value;           // [N]     out
   float* tilt;            // [N, K]  out
-  float* balance;         // [N, K]  out
   double* lse;            // [N, K]  out
 };
 
 // dz[n, k, v] = grad[n] p_k(v) [ g_k log(1 + t)(v) - pull[n, k] - gamma_k t(v) + tilt[n, k] ]
 // dz'/dz.
 struct MixtureKLBackward {
-  MixtureKL forward;             // value, tilt, balance and lse are inputs
+  MixtureKL forward;             // value and lse are inputs, tilt is not used
   const float* grad;             // [N]
   const LogitRows* grad_logits;  // [K]  out; data null where no gradient is asked for
   const int64_t* padded_vocab;   // [K]

@@ -140,6 +140,18 @@ inline Spread compare(const Columns<D>& c, const Vec* x, float unit) {
   return spread;
 }
 
+// Makes the columns beyond kFar look like columns of identical experts, which add nothing.
+template <DType D>
+inline void ignore_far(const Columns<D>& c, Spread& spread) {
+  const VecI far = spread.highest > kFar;
+  for (int64_t k = 1; k < c.experts; ++k) {
+    c.d[k] = far ? Vec{} : c.d[k];
+    c.e[k] = far ? splat(1.0f) : c.e[k];
+    c.u[k] = far ? Vec{} : c.u[k];
+  }
+  spread.squared = far ? Vec{} : spread.squared;
+}
+
 // log2 p of an expert from its u - c.
 template <DType D>
 inline Vec log2_prob(const ExpertRow<D>& row, Vec x, float scale) {
@@ -239,7 +251,7 @@ inline void sum_columns(const Columns<D>& c, int64_t count, int64_t vocab, const
 template <DType D>
 bool correct_log_sum_exps(const Columns<D>& c, double squared_distance, const double* error,
                           double* lse) {
-  if (!(squared_distance < 1e-4)) return false;
+  if (!(squared_distance < 1e-3)) return false;
   bool changed = false;
   for (int64_t i = 1; i < c.experts; ++i) {
     lse[c.order[i]] += ::log1p(error[i]);

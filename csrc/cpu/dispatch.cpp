@@ -1,10 +1,16 @@
 // Chooses the instruction set once, cuts each op into chunks, and runs them.
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
@@ -59,6 +65,7 @@ const Kernels& kernels() {
 // Below this many bytes a call stays on the calling thread: waking a worker costs more.
 constexpr int64_t kSerialBytes = 256 * 1024;
 constexpr int64_t kChunkBytes = 256 * 1024;
+constexpr int64_t kAlignment = 64;  // floats: whole steps of the widest vectors
 
 // body(expert, begin, end) over blocks of rows of about kChunkBytes each, expert by expert.
 template <typename Body>
@@ -94,6 +101,44 @@ void over_log_probs(const MixtureLogProb& op, int threads, Body body) {
             [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
 }
 
+// Memory of the calling thread, kept for the next call; null where a row of every expert would take
+// more than the last level of cache has for it.
+float* scratch(int64_t floats) {
+  constexpr int64_t kLargest = int64_t{4} << 20;  // 16 MiB
+  if (floats > kLargest) return nullptr;
+  thread_local std::vector<float> memory;
+  if (memory.size() < static_cast<size_t>(floats) + kAlignment) memory.resize(floats + kAlignment);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (-address / sizeof(float)) % kAlignment;
+}
+
+// A row of every expert as exponentials, and two factors each.
+int64_t exponentials(const LogitsSpec& spec) {
+  return spec.experts * (spec.vocab + kAlignment + 2) + kAlignment;
+}
+
+// A fresh result is mapped page by page as it is written, which takes longer than computing it: ask
+// for huge pages where it is large. Best effort.
+void expect_large(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr int64_t kLarge = 16 << 20;
+  constexpr uintptr_t kPage = 4096;
+  if (data == nullptr || bytes < kLarge) return;
+  const auto first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const auto last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+void expect_large(const LogitsSpec& spec, const LogitRows* grads, const int64_t* padded_vocab) {
+  for (int64_t k = 0; k < spec.experts; ++k) {
+    expect_large(grads[k].data, spec.rows * padded_vocab[k] * size_of(spec.dtype));
+  }
+}
+
 }  // namespace
 
 const char* instruction_set() { return kernels().name; }
@@ -111,6 +156,7 @@ int64_t expert_log_prob(const ExpertLogProb& op, int threads) {
 }
 
 void expert_log_prob_backward(const ExpertLogProbBackward& op, int threads) {
+  expect_large(op.spec, op.grad_logits, op.padded_vocab);
   over_logits(op.spec, threads, [&](int64_t k, int64_t begin, int64_t end) {
     kernels().expert_log_prob_backward(op, k, begin, end);
   });
@@ -140,26 +186,45 @@ void mixture_log_prob_backward(const MixtureLogProbBackward& op, int threads) {
   });
 }
 
-#define RG_RUN_ROWS(op, spec, kernel) \
-  over_all_experts(spec, threads,     \
-                   [&](int64_t begin, int64_t end) { kernels().kernel(op, begin, end); })
+void jsd(const JSD& op, int threads) {
+  over_all_experts(op.spec, threads, [&](int64_t begin, int64_t end) {
+    kernels().jsd(op, begin, end, scratch(exponentials(op.spec)));
+  });
+}
 
-void jsd(const JSD& op, int threads) { RG_RUN_ROWS(op, op.spec, jsd); }
+void jsd_backward(const JSDBackward& op, int threads) {
+  expect_large(op.spec, op.grad_logits, op.padded_vocab);
+  over_all_experts(op.spec, threads,
+                   [&](int64_t begin, int64_t end) { kernels().jsd_backward(op, begin, end); });
+}
 
-void jsd_backward(const JSDBackward& op, int threads) { RG_RUN_ROWS(op, op.spec, jsd_backward); }
-
-void mixture_kl(const MixtureKL& op, int threads) { RG_RUN_ROWS(op, op.spec, mixture_kl); }
+void mixture_kl(const MixtureKL& op, int threads) {
+  over_all_experts(op.spec, threads, [&](int64_t begin, int64_t end) {
+    kernels().mixture_kl(op, begin, end, scratch(exponentials(op.spec)));
+  });
+}
 
 void mixture_kl_backward(const MixtureKLBackward& op, int threads) {
-  RG_RUN_ROWS(op, op.forward.spec, mixture_kl_backward);
+  const LogitsSpec& spec = op.forward.spec;
+  expect_large(spec, op.grad_logits, op.padded_vocab);
+  over_all_experts(spec, threads, [&](int64_t begin, int64_t end) {
+    kernels().mixture_kl_backward(op, begin, end);
+  });
 }
 
 void mixture_log_softmax(const MixtureLogSoftmax& op, int threads) {
-  RG_RUN_ROWS(op, op.spec, mixture_log_softmax);
+  expect_large(op.log_mixture, op.spec.rows * op.spec.vocab * int64_t{sizeof(float)});
+  over_all_experts(op.spec, threads, [&](int64_t begin, int64_t end) {
+    kernels().mixture_log_softmax(op, begin, end, scratch(exponentials(op.spec)));
+  });
 }
 
 void mixture_log_softmax_backward(const MixtureLogSoftmaxBackward& op, int threads) {
-  RG_RUN_ROWS(op, op.forward.spec, mixture_log_softmax_backward);
+  const LogitsSpec& spec = op.forward.spec;
+  expect_large(spec, op.grad_logits, op.padded_vocab);
+  over_all_experts(spec, threads, [&](int64_t begin, int64_t end) {
+    kernels().mixture_log_softmax_backward(op, begin, end);
+  });
 }
 
 }  // namespace robustgate::cpu

@@ -1,22 +1,25 @@
 // KL between two gated mixtures of the same experts: sum_v m_g log(m_g / m_gamma), g the teacher's
 // gate, gamma the student's.
 //
-// Forward: two passes over a row's logits, the second from cache, as for the JSD. Per column, with
-// expert 0 the student's heaviest (columns.h) and Delta = g - gamma from float64,
+// Forward: two passes over a row's logits, the second from cache. Where the mixtures are clearly
+// apart it takes both logarithms of the exponentials at hand (exponentials.h). Where the result is
+// small, or a gate weight is, the row is done again column by column: with expert 0 the student's
+// heaviest (columns.h) and Delta = g - gamma from float64,
 //
 //   M = 1 + sum_k gamma_k u_k = m_gamma / p_0,   t = m_g / m_gamma - 1 = sum_k Delta_k u_k / M,
 //   KL += m_gamma phi(t),   phi(t) = (1 + t) log(1 + t) - t = E + t log(1 + t),   E = log(1 + t) -
 //   t,
 //
 // E by its series where t is small: equal gates and identical experts give exactly 0, and
-// near-equal ones lose nothing. For the gradients tilt_k = gamma_k sum_v (p_k - m_gamma) t, whose
-// terms are second-order where experts are nearly equal (sum_v m_gamma t is 0), and balance_k =
-// sum_v p_k (g_k log(1 + t) - gamma_k t) = sum_v p_k (Delta_k log(1 + t) + gamma_k E). Columns
+// near-equal ones lose nothing. For the student's gradient tilt_k = gamma_k sum_v (p_k - m_gamma)
+// t, whose terms are second-order where experts are nearly equal (sum_v m_gamma t is 0). Columns
 // where an expert has e^20 times the probability of expert 0 are taken in logarithms. Backward:
-// dz_k = p_k (Delta_k log(1 + t) + gamma_k E - balance_k), one read and one write. Parallelisation:
-// the caller hands out blocks of rows.
+// balance_k = sum_v p_k (Delta_k log(1 + t) + gamma_k E), then dz_k = p_k (Delta_k log(1 + t) +
+// gamma_k E - balance_k) dz'/dz: two reads and one write. Parallelisation: the caller hands out
+// blocks of rows.
 
 #include "cpu/columns.h"
+#include "cpu/exponentials.h"
 #include "cpu/kernels.h"
 
 namespace robustgate {
@@ -37,9 +40,10 @@ inline void softmax(const float* logits, int64_t count, double* out) {
 // Both gates of a row, in the rows' order: g, gamma, g - gamma, log2 g, log2 gamma.
 template <DType D>
 struct KLColumns : Columns<D> {
-  // Sums: the value, sum_v p_0 sum_k d_k^2; then tilt, balance and sum_v p_0 u_k of each expert.
+  // Sums: the value, sum_v p_0 sum_k d_k^2; then tilt and sum_v p_0 u_k, or balance, of each
+  // expert.
   explicit KLColumns(int64_t experts)
-      : Columns<D>(experts, 2 + 3 * experts),
+      : Columns<D>(experts, 2 + 2 * experts),
         gates(new float[6 * experts]),
         teacher(gates),
         student(gates + experts),
@@ -95,11 +99,12 @@ inline Vec log_excess(Vec t, Vec log_ratio) {
   return (t < kNear) & (t > -kNear) ? series : log_ratio - t;
 }
 
+// The common case: columns where no expert is e^20 above expert 0; the others count as columns of
+// identical experts. c.d, c.e and c.u come from `compare`.
 template <DType D>
-inline bool compare_mixtures(const KLColumns<D>& c, const Vec* x, Vec valid, const Exponent& e,
-                             Ratio& r) {
-  const Spread spread = compare(c, x, (float)e.unit);
-  if (any_below(-spread.highest, -kFar)) return false;
+inline Ratio ratio_of(const KLColumns<D>& c, const Spread& spread, const Vec* x, Vec valid,
+                      const Exponent& e) {
+  Ratio r;
   Vec difference = {}, teacher = splat(c.teacher[0]);
   r.squared = spread.squared;
   r.ubar = Vec{};
@@ -118,7 +123,7 @@ inline bool compare_mixtures(const KLColumns<D>& c, const Vec* x, Vec valid, con
   r.p0 = exp2(log2_prob(c.rows[0], x[0], e.scale)) * valid;
   r.student = r.p0 * student;
   for (int64_t k = 0; k < c.experts; ++k) c.e[k] *= r.p0;
-  return true;
+  return r;
 }
 
 // Columns of any spread, relative to the student's largest term 2^top.
@@ -174,115 +179,191 @@ inline Vec far_balance(const KLColumns<D>& c, const FarRatio& r, int64_t k) {
 }
 
 template <DType D>
-void add_far_terms(const KLColumns<D>& c, const FarRatio& r) {
-  Vec *tilt = c.sums + 2, *balance = tilt + c.experts;
+void add_far_terms(const KLColumns<D>& c, const FarRatio& r, VecI far) {
+  Vec *tilt = c.sums + 2, *error = tilt + c.experts;
   const Vec close = r.student * (r.excess + r.t * r.log_ratio);
   const Vec apart = (r.teacher > 0.0f ? r.teacher * r.log_ratio : Vec{}) - r.teacher + r.student;
-  c.sums[0] += r.small ? close : apart;
+  c.sums[0] += far ? (r.small ? close : apart) : Vec{};
   for (int64_t k = 0; k < c.experts; ++k) {
     const Vec p = c.e[k];
     const Vec share = r.teacher * exp2(c.d[k] - r.log2_student);  // p_k (1 + t)
     const Vec moved = (r.teacher > 0.0f ? share : Vec{}) - p - r.teacher + r.student;
-    tilt[k] += r.small ? (p - r.student) * r.t : moved;
-    balance[k] += far_balance(c, r, k);
+    tilt[k] += far ? (r.small ? (p - r.student) * r.t : moved) : Vec{};
+    error[k] += far ? p - c.e[0] : Vec{};
+    c.sums[1] += far ? p * (kFar * kFar) : Vec{};
   }
 }
 
 template <DType D>
-inline void add_terms(const KLColumns<D>& c, const Vec* x, Vec valid, const Exponent& e,
-                      bool& far) {
+inline void add_terms(const KLColumns<D>& c, const Vec* x, Vec valid, const Exponent& e) {
   const int64_t experts = c.experts;
-  Vec *tilt = c.sums + 2, *balance = tilt + experts, *error = balance + experts;
-  Ratio r;
-  if (!compare_mixtures(c, x, valid, e, r)) {
-    far = true;
-    add_far_terms(c, compare_far_mixtures(c, x, valid, e));
-    return;
+  Vec *tilt = c.sums + 2, *error = tilt + experts;
+  Spread spread = compare(c, x, (float)e.unit);
+  if (any_above(spread.highest, kFar)) {
+    add_far_terms(c, compare_far_mixtures(c, x, valid, e), spread.highest > kFar);
+    spread = compare(c, x, (float)e.unit);
+    ignore_far(c, spread);
   }
+  const Ratio r = ratio_of(c, spread, x, valid, e);
   c.sums[0] += r.student * (r.excess + r.t * r.log_ratio);
   c.sums[1] += r.p0 * r.squared;
   const Vec weighted = r.p0 * r.t;
   for (int64_t k = 0; k < experts; ++k) {
     tilt[k] += weighted * (c.u[k] - r.ubar);
-    balance[k] += c.e[k] * (c.difference[k] * r.log_ratio + c.student[k] * r.excess);
     error[k] += r.p0 * c.u[k];
   }
 }
 
+// KL and tilt of row n, column by column. Corrects lse where experts are nearly equal; false if a
+// gate or a log-sum-exp is not finite.
 template <DType D, bool kCap>
-void forward(const MixtureKL& op, int64_t begin, int64_t end) {
+bool compare_columns(const MixtureKL& op, int64_t n, const Exponent& e, KLColumns<D>& c,
+                     double* totals) {
   typedef typename Loader<D>::Element Element;
+  const int64_t experts = op.spec.experts;
+  double* lse = op.lse + n * experts;
+  for (int64_t k = 0; k < experts; ++k) {
+    const Element* z = (const Element*)op.logits[k].data + row_offset(op.logits[k], op.spec, n);
+    lse[k] = row_log_sum_exp<D, kCap>(z, 0, op.spec.vocab, e).value();
+  }
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    if (!c.template start_row<kCap>(op, nullptr, n, e)) return false;
+    sum_columns<D, kCap>(c, 2 + 2 * experts, op.spec.vocab, e, totals,
+                         [&](const Vec* x, Vec valid) { add_terms(c, x, valid, e); });
+    if (attempt > 0 || !correct_log_sum_exps(c, totals[1], totals + 2 + experts, lse)) break;
+  }
+  op.value[n] = totals[0] < 0 ? 0.0f : (float)totals[0];  // rounding
+  for (int64_t i = 0; i < experts; ++i) {
+    const bool counts = c.student[i] > 0 && op.value[n] != INFINITY;
+    op.tilt[n * experts + c.order[i]] = counts ? (float)(c.student[i] * totals[2 + i]) : 0.0f;
+  }
+  return true;
+}
+
+// totals[0] = sum_v m_g log2(m_g / m_gamma), totals[1 + k] = sum_v exponential_k m_g / m_gamma.
+template <int kExperts>
+void cross_entropies(const Exponentials& exponentials, int64_t experts, Vec* sums, double* totals) {
+  const int64_t count = kExperts ? kExperts : experts;
+  const float *teacher = exponentials.factors, *student = teacher + count;
+  for (int64_t i = 0; i <= count; ++i) totals[i] = 0;
+  for (int64_t begin = 0; begin < exponentials.stride; begin += kColumnsPerFloatSum) {
+    const int64_t end = begin + kColumnsPerFloatSum < exponentials.stride
+                            ? begin + kColumnsPerFloatSum
+                            : exponentials.stride;
+    Vec kept[kExperts ? kExperts : 1];
+    Vec* sum = kExperts ? kept : sums;
+    Vec value = {};
+    for (int64_t k = 0; k < count; ++k) sum[k] = Vec{};
+    for (int64_t v = begin; v < end; v += kLanes) {
+      Vec of_teacher = {}, of_student = splat(kTiny);
+      for (int64_t k = 0; k < count; ++k) {
+        const Vec term = load<Vec>(exponentials.row(k) + v);
+        of_teacher += teacher[k] * term;
+        of_student += student[k] * term;
+      }
+      const Vec log_ratio = log2_of(max(of_teacher, splat(kTiny))) - log2_of(of_student);
+      const Vec ratio = of_teacher / of_student;
+      value += of_teacher * log_ratio;
+      for (int64_t k = 0; k < count; ++k) sum[k] += load<Vec>(exponentials.row(k) + v) * ratio;
+    }
+    totals[0] += sum_lanes(widen(value));
+    for (int64_t k = 0; k < count; ++k) totals[1 + k] += sum_lanes(widen(sum[k]));
+  }
+}
+
+// KL and tilt of row n from entropies; false where the row asks for more.
+template <DType D, bool kCap>
+bool compare_entropies(const MixtureKL& op, int64_t n, const Exponent& e, float* scratch,
+                       KLColumns<D>& c, double* totals) {
+  typedef typename Loader<D>::Element Element;
+  const int64_t experts = op.spec.experts, vocab = op.spec.vocab;
+  const Exponentials exponentials(scratch, experts, vocab);
+  double *g = c.exact, *gamma = c.exact + experts, *sum = totals + 1 + experts;
+  softmax(op.teacher_logits + n * op.teacher_stride, experts, g);
+  softmax(op.student_logits + n * op.student_stride, experts, gamma);
+  for (int64_t k = 0; k < experts; ++k) {
+    const Element* z = (const Element*)op.logits[k].data + row_offset(op.logits[k], op.spec, n);
+    RowExponentials row;
+    if (!(gamma[k] >= kSmallestWeight) ||
+        !row_exponentials<D, kCap>(z, vocab, e, exponentials.rows + k * exponentials.stride, row)) {
+      return false;
+    }
+    sum[k] = row.sum;
+    exponentials.factors[k] = (float)(g[k] / row.sum);
+    exponentials.factors[experts + k] = (float)(gamma[k] / row.sum);
+    op.lse[n * experts + k] = row.lse.value();
+  }
+  const auto run = experts == 2   ? &cross_entropies<2>
+                   : experts == 3 ? &cross_entropies<3>
+                   : experts == 4 ? &cross_entropies<4>
+                                  : &cross_entropies<0>;
+  run(exponentials, experts, c.sums, totals);
+  const double value = totals[0] / kLog2EDouble;
+  op.value[n] = (float)value;
+  for (int64_t k = 0; k < experts; ++k) {
+    op.tilt[n * experts + k] = (float)(gamma[k] * (totals[1 + k] / sum[k] - 1.0));
+  }
+  return value >= kApart;
+}
+
+template <DType D, bool kCap>
+void forward(const MixtureKL& op, int64_t begin, int64_t end, float* scratch) {
   const int64_t experts = op.spec.experts;
   const Exponent e(op.spec);
   KLColumns<D> c(experts);
-  const int64_t sums = 2 + 3 * experts;
-  double* totals = new double[sums];
+  double* totals = new double[2 + 2 * experts];
   for (int64_t n = begin; n < end; ++n) {
-    float *tilt = op.tilt + n * experts, *balance = op.balance + n * experts;
-    double* lse = op.lse + n * experts;
-    op.value[n] = 0;
-    for (int64_t k = 0; k < experts; ++k) lse[k] = tilt[k] = balance[k] = 0;
-    if (op.target && op.target[n] == op.spec.ignore_index) continue;
-    for (int64_t k = 0; k < experts; ++k) {
-      const Element* z = (const Element*)op.logits[k].data + row_offset(op.logits[k], op.spec, n);
-      lse[k] = row_log_sum_exp<D, kCap>(z, 0, op.spec.vocab, e).value();
-    }
-    if (!c.template start_row<kCap>(op, nullptr, n, e)) {
-      op.value[n] = NAN;
-      for (int64_t k = 0; k < experts; ++k) tilt[k] = balance[k] = NAN;
-      continue;
-    }
-    bool far = false;
-    const auto pass = [&] {
-      sum_columns<D, kCap>(c, sums, op.spec.vocab, e, totals,
-                           [&](const Vec* x, Vec valid) { add_terms(c, x, valid, e, far); });
-    };
-    pass();
-    if (!far && correct_log_sum_exps(c, totals[1], totals + 2 + 2 * experts, lse)) {
-      c.template start_row<kCap>(op, nullptr, n, e);
-      pass();
-    }
-    op.value[n] = totals[0] < 0 ? 0.0f : (float)totals[0];  // rounding
-    if (op.value[n] == INFINITY) continue;
-    for (int64_t i = 0; i < experts; ++i) {
-      const int64_t k = c.order[i];
-      tilt[k] = c.student[i] > 0 ? (float)(c.student[i] * totals[2 + i]) : 0.0f;
-      balance[k] = (float)totals[2 + experts + i];
+    const bool ignored = op.target && op.target[n] == op.spec.ignore_index;
+    const bool known =
+        !ignored && ((scratch && compare_entropies<D, kCap>(op, n, e, scratch, c, totals)) ||
+                     compare_columns<D, kCap>(op, n, e, c, totals));
+    if (known) continue;
+    op.value[n] = ignored ? 0.0f : NAN;
+    for (int64_t k = n * experts; k < (n + 1) * experts; ++k) {
+      op.tilt[k] = op.value[n];
+      if (ignored) op.lse[k] = 0;
     }
   }
   delete[] totals;
 }
 
-// Overwrites x with dz_k for a vector of columns.
-template <DType D, bool kCap>
-inline void gradients(const KLColumns<D>& c, Vec* x, float grad, const float* balance,
-                      const Exponent& e) {
-  constexpr int kStride = Loader<D>::kPerLoad;
-  const Vec valid = splat(1.0f);
-  const auto write = [&](int64_t k, Vec dz) {
-    const Vec u = x[k * kStride];
-    x[k * kStride] = kCap ? grad * dz * (1.0f - u * u) : grad * dz;
-  };
-  Ratio r;
-  if (compare_mixtures(c, x, valid, e, r)) {
+// Calls body(k, g_k log(1 + t) p_k - gamma_k t p_k, p_k, u) of each expert for a vector of columns.
+template <DType D, typename Body>
+inline void for_each_pull(const KLColumns<D>& c, const Vec* x, Vec valid, const Exponent& e,
+                          Vec* far_pull, Body body) {
+  Spread spread = compare(c, x, (float)e.unit);
+  const bool far = any_above(spread.highest, kFar);
+  const VecI is_far = spread.highest > kFar;
+  if (far) {
+    const FarRatio r = compare_far_mixtures(c, x, valid, e);
     for (int64_t k = 0; k < c.experts; ++k) {
-      write(k, c.e[k] * (c.difference[k] * r.log_ratio + c.student[k] * r.excess - balance[k]));
+      far_pull[k] = far_balance(c, r, k);
+      far_pull[c.experts + k] = c.e[k];
     }
-  } else {
-    const FarRatio far = compare_far_mixtures(c, x, valid, e);
-    for (int64_t k = 0; k < c.experts; ++k) {
-      write(k, far_balance(c, far, k) - c.e[k] * balance[k]);
+    spread = compare(c, x, (float)e.unit);
+    ignore_far(c, spread);
+  }
+  const Ratio r = ratio_of(c, spread, x, valid, e);
+  for (int64_t k = 0; k < c.experts; ++k) {
+    Vec p = c.e[k];
+    Vec pull = p * (c.difference[k] * r.log_ratio + c.student[k] * r.excess);
+    if (far) {
+      pull = is_far ? far_pull[k] : pull;
+      p = is_far ? far_pull[c.experts + k] : p;
     }
+    body(k, pull, p);
   }
 }
 
 template <DType D, bool kCap>
 void backward(const MixtureKLBackward& op, int64_t begin, int64_t end) {
+  constexpr int kStride = Loader<D>::kPerLoad;
   const MixtureKL& fwd = op.forward;
-  const int64_t experts = fwd.spec.experts;
+  const int64_t experts = fwd.spec.experts, vocab = fwd.spec.vocab;
   const Exponent e(fwd.spec);
   KLColumns<D> c(experts);
-  float* balance = new float[experts];
+  Vec* far_pull = new Vec[2 * experts];
+  double* balance = new double[experts];
   for (int64_t n = begin; n < end; ++n) {
     const bool ignored = fwd.target && fwd.target[n] == fwd.spec.ignore_index;
     const float grad = ignored || fwd.value[n] == INFINITY ? 0.0f : op.grad[n];
@@ -294,19 +375,26 @@ void backward(const MixtureKLBackward& op, int64_t begin, int64_t end) {
       any = any || asked;
     }
     if (!finite || !any) continue;
-    for (int64_t i = 0; i < experts; ++i) balance[i] = fwd.balance[n * experts + c.order[i]];
+    sum_columns<D, kCap>(c, experts, vocab, e, balance, [&](const Vec* x, Vec valid) {
+      for_each_pull(c, x, valid, e, far_pull, [&](int64_t k, Vec pull, Vec) { c.sums[k] += pull; });
+    });
     const float scaled = (float)(grad / fwd.spec.temperature);
-    for_each_vector<D, kCap, true>(c.rows, experts, fwd.spec.vocab, e, c.x, [&](Vec* x, Vec) {
-      gradients<D, kCap>(c, x, scaled, balance, e);
+    for_each_vector<D, kCap, true>(c.rows, experts, vocab, e, c.x, [&](Vec* x, Vec valid) {
+      for_each_pull(c, x, valid, e, far_pull, [&](int64_t k, Vec pull, Vec p) {
+        const Vec dz = scaled * (pull - p * (float)balance[k]);
+        const Vec u = x[k * kStride];
+        x[k * kStride] = kCap ? dz * (1.0f - u * u) : dz;
+      });
     });
   }
+  delete[] far_pull;
   delete[] balance;
 }
 
 }  // namespace
 
-void mixture_kl(const MixtureKL& op, int64_t begin, int64_t end) {
-  RG_FOR_LOGITS(op.spec, forward, op, begin, end)
+void mixture_kl(const MixtureKL& op, int64_t begin, int64_t end, float* scratch) {
+  RG_FOR_LOGITS(op.spec, forward, op, begin, end, scratch)
 }
 
 void mixture_kl_backward(const MixtureKLBackward& op, int64_t begin, int64_t end) {

@@ -1,13 +1,15 @@
 // Log-probs of a gated mixture over the vocabulary: log m(v) = log sum_k g_k p_k(v).
 //
-// Forward: log-sum-exps, then per column, from cache, a_k = log2(g_k p_k), top = max_k a_k and
-// log m = ln 2 (top + log2 sum_k 2^(a_k - top)): K exponentials and one logarithm. The same pass
-// can leave the means over the vocabulary of log m and of the responsibilities r_k = g_k p_k / m
-// instead. Backward for an upstream c(v): sum_v c r_k first, then dz_k = (c r_k - p_k sum_u c r_k)
-// dz'/dz; the gate's gradient needs the first pass only. A column no expert allows has log m = -inf
-// and takes part in nothing. Parallelisation: the caller hands out blocks of rows.
+// Forward: a row of every expert as exponentials in cache (exponentials.h), then per column a
+// product per expert and one logarithm. A row with a mixture below 2^-100 is done again from the
+// logits: a_k = log2(g_k p_k), top = max_k a_k and log m = ln 2 (top + log2 sum_k 2^(a_k - top)),
+// as in the pass that leaves the means over the vocabulary of log m and of the responsibilities r_k
+// = g_k p_k / m. Backward for an upstream c(v): sum_v c r_k first, then dz_k = (c r_k - p_k sum_u c
+// r_k) dz'/dz; the gate's gradient needs the first pass only. A column no expert allows has log m =
+// -inf and takes part in nothing. Parallelisation: the caller hands out blocks of rows.
 
 #include "cpu/columns.h"
+#include "cpu/exponentials.h"
 #include "cpu/kernels.h"
 
 namespace robustgate {
@@ -97,6 +99,60 @@ void write_row(const GatedColumns<D>& c, const LogitsSpec& spec, const Exponent&
                                 });
 }
 
+constexpr float kSmallestMixture = 7.88860905e-31f;  // 2^-100: no part of it has underflowed
+
+// The same from exponentials; false where a mixture is too small, or the row asks for more.
+template <DType D, bool kCap>
+bool write_row_from_exponentials(const MixtureLogSoftmax& op, int64_t n, const Exponent& e,
+                                 float* scratch, float* out) {
+  typedef typename Loader<D>::Element Element;
+  constexpr int kPerLoad = Loader<D>::kPerLoad;
+  constexpr int64_t kStep = kLanes * kPerLoad;
+  const int64_t experts = op.spec.experts, vocab = op.spec.vocab;
+  const Exponentials exponentials(scratch, experts, vocab);
+  const float* gate = op.gate_logits + n * op.gate_stride;
+  float top = gate[0];
+  for (int64_t k = 1; k < experts; ++k) top = gate[k] > top ? gate[k] : top;
+  double sum = 0;
+  for (int64_t k = 0; k < experts; ++k) sum += ::exp((double)gate[k] - top);
+  for (int64_t k = 0; k < experts; ++k) {
+    const Element* z = (const Element*)op.logits[k].data + row_offset(op.logits[k], op.spec, n);
+    RowExponentials row;
+    if (!row_exponentials<D, kCap>(z, vocab, e, exponentials.rows + k * exponentials.stride, row)) {
+      return false;
+    }
+    exponentials.factors[k] = (float)(::exp((double)gate[k] - top) / sum / row.sum);
+    op.lse[n * experts + k] = row.lse.value();
+  }
+  Vec smallest = splat(1.0f);
+  for (int64_t v = 0; v < vocab; v += kStep) {
+    Vec value[kPerLoad];
+    for (int j = 0; j < kPerLoad; ++j) {
+      Vec m = {};
+      for (int64_t k = 0; k < experts; ++k) {
+        m += exponentials.factors[k] * load<Vec>(exponentials.row(k) + v + j * kLanes);
+      }
+      if (v + kStep <= vocab) smallest = min(m, smallest);
+      value[j] = log2_of(m) * kLn2;
+    }
+    if (v + kStep <= vocab) {
+      store_columns<kPerLoad>(out + v, value);
+      continue;
+    }
+    float tail[kStep];
+    store_columns<kPerLoad>(tail, value);
+    for (int64_t i = 0; v + i < vocab; ++i) {
+      out[v + i] = tail[i];
+      if (!(tail[i] > -69.0f)) return false;
+    }
+  }
+  // NaN compares false: !(> ) catches it too.
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(smallest[i] > kSmallestMixture)) return false;
+  }
+  return true;
+}
+
 // totals[k] = sum_v r_k(v), totals[K] = sum_v log m(v)
 template <DType D, bool kCap>
 void mean_row(const GatedColumns<D>& c, const LogitsSpec& spec, const Exponent& e, double* totals) {
@@ -109,7 +165,7 @@ void mean_row(const GatedColumns<D>& c, const LogitsSpec& spec, const Exponent& 
 }
 
 template <DType D, bool kCap>
-void forward(const MixtureLogSoftmax& op, int64_t begin, int64_t end) {
+void forward(const MixtureLogSoftmax& op, int64_t begin, int64_t end, float* scratch) {
   typedef typename Loader<D>::Element Element;
   const int64_t experts = op.spec.experts, vocab = op.spec.vocab;
   const Exponent e(op.spec);
@@ -117,6 +173,10 @@ void forward(const MixtureLogSoftmax& op, int64_t begin, int64_t end) {
   double* totals = new double[experts + 1];
   for (int64_t n = begin; n < end; ++n) {
     double* lse = op.lse + n * experts;
+    if (op.log_mixture && scratch &&
+        write_row_from_exponentials<D, kCap>(op, n, e, scratch, op.log_mixture + n * vocab)) {
+      continue;
+    }
     const bool ignored = op.target && op.target[n] == op.spec.ignore_index;
     for (int64_t k = 0; k < experts; ++k) {
       const Element* z = (const Element*)op.logits[k].data + row_offset(op.logits[k], op.spec, n);
@@ -183,12 +243,11 @@ void upstream_totals(const GatedColumns<D>& c, const LogitsSpec& spec, const Exp
                                   upstream.load(v, count, grad);
                                   for (int j = 0; j < kPerLoad; ++j) {
                                     const Gated mixture = gate_columns(c, x + j, e.scale);
-                                    const VecI counts = (valid[j] > 0.0f) & ~impossible(mixture);
-                                    const Vec weight = counts ? grad[j] : Vec{};
-                                    const Vec scaled = weight / mixture.sum;
+                                    const Vec weight = grad[j] * valid[j];
+                                    const Vec scaled = weight * normaliser(mixture);
                                     for (int64_t k = 0; k < c.experts; ++k)
-                                      c.sums[k] += c.e[k] * (counts ? scaled : Vec{});
-                                    c.sums[c.experts] += weight;
+                                      c.sums[k] += c.e[k] * scaled;
+                                    c.sums[c.experts] += impossible(mixture) ? Vec{} : weight;
                                   }
                                   if (++loads == kLoads) {
                                     loads = 0;
@@ -196,6 +255,22 @@ void upstream_totals(const GatedColumns<D>& c, const LogitsSpec& spec, const Exp
                                   }
                                 });
   flush();
+}
+
+// Overwrites x with dz_k for a load of columns.
+template <DType D, bool kCap>
+inline void gradients(const GatedColumns<D>& c, Vec* x, const Vec* grad, const float* total,
+                      float inverse_temperature, const Exponent& e) {
+  constexpr int kPerLoad = Loader<D>::kPerLoad;
+  for (int j = 0; j < kPerLoad; ++j) {
+    const Gated mixture = gate_columns(c, x + j, e.scale);
+    const Vec scaled = grad[j] * normaliser(mixture);
+    for (int64_t k = 0; k < c.experts; ++k) {
+      const Vec u = x[k * kPerLoad + j];
+      const Vec dz = (c.e[k] * scaled - exp2(c.d[k]) * total[k]) * inverse_temperature;
+      x[k * kPerLoad + j] = kCap ? dz * (1.0f - u * u) : dz;
+    }
+  }
 }
 
 template <DType D, bool kCap>
@@ -215,35 +290,24 @@ void backward(const MixtureLogSoftmaxBackward& op, int64_t begin, int64_t end) {
     const bool finite = c.template start_row<kCap>(fwd, op.grad_logits, n, e);
     bool any = false;
     for (int64_t k = 0; k < experts; ++k) {
-      totals[k] = zero ? 0.0 : (double)NAN;
-      const bool asked =
-          fill_gradient<D>(fwd.spec, op.grad_logits[k], op.padded_vocab[k], n, zero, finite);
-      any = any || asked;
+      any |= fill_gradient<D>(fwd.spec, op.grad_logits[k], op.padded_vocab[k], n, zero, finite);
     }
-    totals[experts] = 0;
+    const double nothing = zero ? 0.0 : (double)NAN;
+    for (int64_t k = 0; k <= experts; ++k) totals[k] = nothing;
     if (finite && !zero) upstream_totals<D, kCap>(c, fwd.spec, e, upstream, totals);
-    for (int64_t k = 0; k < experts; ++k) {
-      total[k] = (float)totals[k];
-      if (op.grad_gate_logits) {
-        op.grad_gate_logits[n * experts + k] = (float)(totals[k] - c.gate[k] * totals[experts]);
-      }
+    for (int64_t k = 0; k < experts; ++k) total[k] = (float)totals[k];
+    if (op.grad_gate_logits) {
+      float* out = op.grad_gate_logits + n * experts;
+      for (int64_t k = 0; k < experts; ++k) out[k] = total[k] - c.gate[k] * (float)totals[experts];
     }
     if (!any) continue;
     const float inverse_temperature = (float)(1.0 / fwd.spec.temperature);
-    for_each_load<D, kCap, true>(
-        c.rows, experts, vocab, e, c.x, [&](Vec* x, const Vec*, int64_t v, int64_t count) {
-          Vec grad[kPerLoad];
-          upstream.load(v, count, grad);
-          for (int j = 0; j < kPerLoad; ++j) {
-            const Gated mixture = gate_columns(c, x + j, e.scale);
-            const Vec scaled = impossible(mixture) ? Vec{} : grad[j] / mixture.sum;
-            for (int64_t k = 0; k < experts; ++k) {
-              Vec& u = x[k * kPerLoad + j];
-              const Vec dz = (c.e[k] * scaled - exp2(c.d[k]) * total[k]) * inverse_temperature;
-              u = kCap ? dz * (1.0f - u * u) : dz;
-            }
-          }
-        });
+    for_each_load<D, kCap, true>(c.rows, experts, vocab, e, c.x,
+                                 [&](Vec* x, const Vec*, int64_t v, int64_t count) {
+                                   Vec grad[kPerLoad];
+                                   upstream.load(v, count, grad);
+                                   gradients<D, kCap>(c, x, grad, total, inverse_temperature, e);
+                                 });
   }
   delete[] totals;
   delete[] total;
@@ -251,8 +315,8 @@ void backward(const MixtureLogSoftmaxBackward& op, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void mixture_log_softmax(const MixtureLogSoftmax& op, int64_t begin, int64_t end) {
-  RG_FOR_LOGITS(op.spec, forward, op, begin, end)
+void mixture_log_softmax(const MixtureLogSoftmax& op, int64_t begin, int64_t end, float* scratch) {
+  RG_FOR_LOGITS(op.spec, forward, op, begin, end, scratch)
 }
 
 void mixture_log_softmax_backward(const MixtureLogSoftmaxBackward& op, int64_t begin, int64_t end) {

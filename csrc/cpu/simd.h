@@ -72,16 +72,16 @@ inline Vec min(Vec a, Vec b) {
 #endif
 }
 
-// Whether x < bound in any lane; false where x is NaN.
-inline bool any_below(Vec x, float bound) {
+// Whether x > bound in any lane; false where x is NaN.
+inline bool any_above(Vec x, float bound) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(bound), _CMP_LT_OQ) != 0;
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(bound), _CMP_GT_OQ) != 0;
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)splat(bound), _CMP_LT_OQ)) != 0;
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)splat(bound), _CMP_GT_OQ)) != 0;
 #else
-  const VecI below = x < splat(bound);
+  const VecI above = x > splat(bound);
   int32_t any = 0;
-  for (int i = 0; i < kLanes; ++i) any |= below[i];
+  for (int i = 0; i < kLanes; ++i) any |= above[i];
   return any != 0;
 #endif
 }
@@ -198,6 +198,31 @@ inline Vec log_sum(Vec y, Vec residual) {
   q = q * r * r + r;
   const Vec n = __builtin_convertvector(exponent >> 23, Vec);
   return n * 0.693147181f + q;
+}
+
+// log2 m for normal m > 0, to 1e-7 absolute.
+inline Vec log2_of(Vec m) {
+#if defined(__AVX512F__)
+  // m = 2^n (1 + j/16 + ...): log2 m = n + log2(c_j) + log2(m 2^-n / c_j), c_j = 1 + (j + 1/2)/16.
+  const Vec inverse = {0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f,
+                       0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
+                       0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f,
+                       0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f};
+  const Vec log2_c = {0.0443940759f, 0.129283011f, 0.209453329f, 0.285402209f,
+                      0.357552052f,  0.426264763f, 0.491853058f, 0.554588914f,
+                      0.614709854f,  0.67242527f,  0.727920413f, 0.781359732f,
+                      0.832889974f,  0.882643044f, 0.930737436f, 0.977279842f};
+  const __m512i j = _mm512_srli_epi32((__m512i)m, 19);
+  const Vec n = (Vec)_mm512_getexp_ps((__m512)m);
+  const Vec mantissa = (Vec)_mm512_getmant_ps((__m512)m, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  const Vec r = mantissa * (Vec)_mm512_permutexvar_ps(j, (__m512)inverse) - 1.0f;
+  Vec q = r * -0.360673760f + 0.480898347f;
+  q = q * r - 0.721347520f;
+  q = q * r + kLog2E;
+  return q * r + ((Vec)_mm512_permutexvar_ps(j, (__m512)log2_c) + n);
+#else
+  return log_sum(m, Vec{}) * kLog2E;
+#endif
 }
 
 inline Vec log1p(Vec x) {

@@ -165,35 +165,27 @@ def mixture_kl(
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [...], [..., K], [..., K], [..., K] float64
-    """Return KL, gamma_k E_k[t], E_k[g_k log(1 + t) - gamma_k t] and the log-sum-exps.
+) -> tuple[Tensor, Tensor, Tensor]:  # [...], [..., K], [..., K] float64
+    """Return KL, gamma_k E_k[t] (what the student's gradient needs) and the log-sum-exps.
 
-    E_k is the mean under expert k, g the teacher's gate, gamma the student's, t the mixtures' ratio
-    minus 1. The gradients need the two means; both are 0 in rows whose KL is infinite.
+    E_k is the mean under expert k, gamma the student's gate, t the mixtures' ratio minus 1; 0 in
+    rows whose KL is infinite.
     """
     d, p_ref, lse = _expert_columns(logits, target, vocab_size, ignore_index, temperature, softcap)
     teacher = torch.log_softmax(teacher_gate_logits.double(), -1)
     student = torch.log_softmax(student_gate_logits.double(), -1)
-    below, t, log_ratio, terms = _two_mixtures(d, teacher, student)
+    below, t, _, terms = _two_mixtures(d, teacher, student)
     value = torch.where(p_ref == 0, 0.0, p_ref * terms).sum((-2, -1))
     value = torch.where(torch.isnan(lse).any(-1), torch.nan, value)
     p = p_ref * torch.exp(d)
-    g, gamma = torch.exp(teacher).unsqueeze(-2), torch.exp(student).unsqueeze(-2)
+    gamma = torch.exp(student).unsqueeze(-2)
     # Second-order where experts are nearly equal: sum_v m_gamma t is 0.
     tilt = torch.where(below == 0, 0.0, gamma * (p - p_ref * below) * t).sum(-2)
-    balance = torch.where(p == 0, 0.0, p * _pull(g, gamma, t, log_ratio)).sum(-2)
     infinite = (value == _INFINITY).unsqueeze(-1)
     dtype = statistics_dtype(logits[0].dtype)
-    value, tilt, balance, lse = (
-        _ignore(x, target, ignore_index)
-        for x in (
-            value.to(dtype),
-            tilt.masked_fill(infinite, 0.0).to(dtype),
-            balance.masked_fill(infinite, 0.0).to(dtype),
-            lse,
-        )
-    )
-    return value, tilt, balance, lse
+    value, tilt = value.to(dtype), tilt.masked_fill(infinite, 0.0).to(dtype)
+    value, tilt, lse = (_ignore(x, target, ignore_index) for x in (value, tilt, lse))
+    return value, tilt, lse
 
 
 def mixture_kl_backward(
@@ -202,8 +194,6 @@ def mixture_kl_backward(
     teacher_gate_logits: Tensor,  # [..., K] or [K]
     student_gate_logits: Tensor,  # [..., K] or [K]
     value: Tensor,  # [...]
-    tilt: Tensor,  # [..., K]
-    balance: Tensor,  # [..., K]
     target: Tensor | None,  # [...]
     needs_grad: Sequence[bool],  # K
     vocab_size: int,
@@ -211,15 +201,15 @@ def mixture_kl_backward(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> list[Tensor]:  # one [..., V_k] for each expert that needs it
-    """Return ``dz_k = grad p_k [ g_k log(1 + t) - gamma_k t - balance_k ] dz'/dz``."""
+    """Return ``dz_k = grad p_k [ f_k - E_k f_k ] dz'/dz``, ``f_k = g_k log(1 + t) - gamma_k t``."""
     d, p_ref, _ = _expert_columns(logits, target, vocab_size, ignore_index, temperature, softcap)
     teacher = torch.log_softmax(teacher_gate_logits.double(), -1)
     student = torch.log_softmax(student_gate_logits.double(), -1)
     _, t, log_ratio, _ = _two_mixtures(d, teacher, student)
     g, gamma = torch.exp(teacher).unsqueeze(-2), torch.exp(student).unsqueeze(-2)
     p = p_ref * torch.exp(d)
-    pull = _pull(g, gamma, t, log_ratio) - balance.double().unsqueeze(-2)
-    dz = grad.double()[..., None, None] * p * pull
+    pull = torch.where(p == 0, 0.0, p * _pull(g, gamma, t, log_ratio))
+    dz = grad.double()[..., None, None] * (pull - p * pull.sum(-2, keepdim=True))
     nothing = ((grad == 0) | (value == _INFINITY))[..., None, None]
     dz = dz.masked_fill(nothing | (p == 0), 0.0)
     return [

@@ -17,13 +17,12 @@ from robustgate.ops.mixture_log_prob import gate_gradient
 
 def _fake(
     logits: Sequence[Tensor], teacher: Tensor, student: Tensor, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [...], [..., K], [..., K], [..., K]
+) -> tuple[Tensor, Tensor, Tensor]:  # [...], [..., K], [..., K]
     z = logits[0]
     shape = (*z.shape[:-1], len(logits))
     dtype = reference.statistics_dtype(z.dtype)
     return (
         z.new_empty(shape[:-1], dtype=dtype),
-        z.new_empty(shape, dtype=dtype),
         z.new_empty(shape, dtype=dtype),
         z.new_empty(shape, dtype=torch.float64),
     )
@@ -35,8 +34,6 @@ def _fake_backward(
     teacher: Tensor,
     student: Tensor,
     value: Tensor,
-    tilt: Tensor,
-    balance: Tensor,
     lse: Tensor,
     target: Tensor | None,
     needs_grad: Sequence[bool],
@@ -51,25 +48,23 @@ def _eager_backward(
     teacher: Tensor,
     student: Tensor,
     value: Tensor,
-    tilt: Tensor,
-    balance: Tensor,
     lse: Tensor,
     *settings: Any,
 ) -> list[Tensor]:
     return divergence_reference.mixture_kl_backward(
-        grad, logits, teacher, student, value, tilt, balance, *settings
+        grad, logits, teacher, student, value, *settings
     )
 
 
 _mixture_kl = define(
     "mixture_kl(Tensor[] logits, Tensor teacher_gate_logits, Tensor student_gate_logits, "
-    f"Tensor? target, {SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? target, {SETTINGS}) -> (Tensor, Tensor, Tensor)",
     _fake,
     divergence_reference.mixture_kl,
 )
 _mixture_kl_backward = define(
     "mixture_kl_backward(Tensor grad, Tensor[] logits, Tensor teacher_gate_logits, "
-    "Tensor student_gate_logits, Tensor value, Tensor tilt, Tensor balance, Tensor lse, "
+    "Tensor student_gate_logits, Tensor value, Tensor lse, "
     f"Tensor? target, bool[] needs_grad, {SETTINGS}) -> Tensor[]",
     _fake_backward,
     _eager_backward,
@@ -97,7 +92,7 @@ class _MixtureKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        teacher, student, target, value, tilt, balance, lse, *logits = ctx.saved_tensors
+        teacher, student, target, value, tilt, lse, *logits = ctx.saved_tensors
         _, needs_student, _, _, *needs_logits = ctx.needs_input_grad
         grad_logits: list[Tensor | None] = [None] * len(needs_logits)
         if logits:
@@ -107,8 +102,6 @@ class _MixtureKL(torch.autograd.Function):
                 teacher,
                 student,
                 value,
-                tilt,
-                balance,
                 lse,
                 target,
                 needs_logits,

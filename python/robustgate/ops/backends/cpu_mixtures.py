@@ -122,9 +122,8 @@ def mixture_kl(
     student: Tensor,
     target: Tensor | None,
     *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     value, tilt, lse = _statistics(logits)
-    balance = torch.empty_like(tilt)
     teacher, student = _contiguous(teacher, student)
     target = _dense(target)
     rows, _kept = native.address_rows(logits)
@@ -135,12 +134,11 @@ def mixture_kl(
         _address(target),
         value.data_ptr(),
         tilt.data_ptr(),
-        balance.data_ptr(),
         lse.data_ptr(),
         native.logits_spec(logits[0], value.numel(), *settings),
         torch.get_num_threads(),
     )
-    return value, tilt, balance, lse
+    return value, tilt, lse
 
 
 def mixture_kl_backward(
@@ -149,27 +147,21 @@ def mixture_kl_backward(
     teacher: Tensor,
     student: Tensor,
     value: Tensor,
-    tilt: Tensor,
-    balance: Tensor,
     lse: Tensor,
     target: Tensor | None,
     needs_grad: Sequence[bool],
     *settings: Any,
 ) -> list[Tensor]:
-    grad, teacher, student, value, tilt, balance, lse = _contiguous(
-        grad, teacher, student, value, tilt, balance, lse
-    )
+    grad, teacher, student, value, lse = _contiguous(grad, teacher, student, value, lse)
     target = _dense(target)
     grads, grad_rows = _fresh_gradients(logits, needs_grad)
     rows, _kept = native.address_rows(logits)
     _C.cpu_mixture_kl_backward(
         rows,
-        _per_row(teacher, tilt),
-        _per_row(student, tilt),
+        _per_row(teacher, lse),
+        _per_row(student, lse),
         _address(target),
         value.data_ptr(),
-        tilt.data_ptr(),
-        balance.data_ptr(),
         lse.data_ptr(),
         grad.data_ptr(),
         grad_rows,
