@@ -3,7 +3,7 @@
 // exp(z' - reference) of a row goes to a cache-resident scratch together with its sum and first
 // moment, so that a second pass over the columns costs a product per expert and one logarithm: p_k
 // = scratch_k / sum_k and E_{p_k}[log p_k] = E[exponent] - log sum. Differences of such sums err by
-// about 3e-7 nats: they serve where the result is above kApart, and every weight above
+// about 2e-7 nats: they serve where every divergence is above kApart, and every weight above
 // kSmallestWeight, so that a mixture is never far below all its experts.
 #pragma once
 
@@ -47,8 +47,9 @@ bool row_exponentials(const typename Loader<D>::Element* z, int64_t vocab, const
   const auto add = [&](Vec* x, float* to, const Vec* valid) {
     for (int i = 0; i < kUnroll; ++i) {
       const Vec u = capped<kCap>(x[i], e);
-      const Vec t = max(kFusedMultiplyAdd ? u * e.scale - shift : (u - top) * e.scale,
-                        splat(kLowestExponent));
+      // NaN stays NaN: `max` returns its second argument then.
+      const Vec t = max(splat(kLowestExponent),
+                        kFusedMultiplyAdd ? u * e.scale - shift : (u - top) * e.scale);
       const Vec value = valid ? exp2<kDegree>(t) * valid[i] : exp2<kDegree>(t);
       store(to + i * kLanes, value);
       sum[i] += value;

@@ -161,7 +161,6 @@ bool compare_entropies(const JSD& op, int64_t n, const Exponent& e, float* scrat
   const float* w = op.weights + n * op.weight_stride;
   const Exponentials exponentials(scratch, experts, vocab);
   float* factor = exponentials.factors;
-  double value = 0;
   for (int64_t k = 0; k < experts; ++k) {
     const Element* z = (const Element*)op.logits[k].data + row_offset(op.logits[k], op.spec, n);
     RowExponentials row;
@@ -180,9 +179,9 @@ bool compare_entropies(const JSD& op, int64_t n, const Exponent& e, float* scrat
   run(exponentials, experts, sums, cross);
   for (int64_t k = 0; k < experts; ++k) {
     kl[k] = (kl[k] - cross[k] * (factor[k] / (double)w[k])) / kLog2EDouble;
-    value += w[k] * kl[k];
+    if (!(kl[k] >= kApart)) return false;
   }
-  return value >= kApart;
+  return true;
 }
 
 template <DType D, bool kCap>
@@ -286,13 +285,11 @@ void backward(const JSDBackward& op, int64_t begin, int64_t end) {
     c.set_weights(w);
     bool any = false;
     bool apart = true;
-    double value = 0;
     for (int64_t i = 0; i < experts; ++i) {
       const int64_t k = c.order[i];
       f.scale[i] = (float)((double)grad * w[k] / op.spec.temperature);
       f.kl[i] = op.kl[n * experts + k];
-      apart = apart && w[k] >= kSmallestWeight;
-      value += w[k] * f.kl[i];
+      apart = apart && w[k] >= kSmallestWeight && f.kl[i] >= kApart;
       if (!fill_gradient<D>(op.spec, op.grad_logits[k], op.padded_vocab[k], n, f.scale[i] == 0,
                             finite)) {
         c.rows[i].dz = nullptr;
@@ -300,7 +297,7 @@ void backward(const JSDBackward& op, int64_t begin, int64_t end) {
       any = any || c.rows[i].dz;
     }
     if (!finite || !any) continue;
-    if (apart && value >= kApart) {
+    if (apart) {
       for_each_vector<D, kCap, true>(c.rows, experts, op.spec.vocab, e, c.x,
                                      [&](Vec* x, Vec) { gradients_apart<D, kCap>(c, x, f, e); });
     } else {

@@ -9,20 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_REFUSAL = (
-    "robustgate: second derivatives are not supported (its backward kernels are opaque to autograd,"
-    " once_differentiable)"
-)
-
-
 Gradients = Sequence[Tensor | None]
 Backward = Callable[..., Gradients]
 
 
-def _raising(gradient: Tensor) -> Tensor:
-    """Return a gradient whose own differentiation raises."""
-    delayed: Callable[[Tensor], Tensor] = torch._C._functions.DelayedError(_REFUSAL, 1)
-    return delayed(gradient.detach().requires_grad_())
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient that depends on ``inputs`` in a way autograd cannot see."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Gradients:
+        raise RuntimeError(
+            "robustgate: second derivatives are not supported: the backward kernels are opaque to "
+            "autograd (once_differentiable)"
+        )
+
+
+_apply: Callable[..., Tensor] = _FirstDerivative.apply
 
 
 def once_differentiable(backward: Backward) -> Backward:
@@ -38,6 +44,7 @@ def once_differentiable(backward: Backward) -> Backward:
             results = backward(ctx, *grads)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return results
-        return tuple(None if x is None else _raising(x) for x in results)
+        tensors = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        return tuple(None if x is None else _apply(x, *tensors) for x in results)
 
     return run

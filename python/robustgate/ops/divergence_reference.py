@@ -102,7 +102,8 @@ def jsd(
     value = torch.where(torch.isnan(lse).any(-1), torch.nan, value)
     dtype = statistics_dtype(logits[0].dtype)
     kl = _ignore(kl, target, ignore_index).to(dtype)
-    return _ignore(value, target, ignore_index).to(dtype), kl, _ignore(lse, target, ignore_index)
+    lse = _ignore(lse, target, ignore_index).clone()  # an argument must not be a result
+    return _ignore(value, target, ignore_index).to(dtype), kl, lse
 
 
 def jsd_backward(
