@@ -166,6 +166,7 @@ inline Exponential exponential(Vec d) {
   const Vec n = (Vec)_mm512_roundscale_ps((__m512)(d * kLog2E), kNearest);
   const Vec power = (Vec)_mm512_scalef_ps((__m512)splat(1.0f), (__m512)n);
 #else
+  const VecI tiny = d < -87.0f;
   d = max(splat(-87.0f), d);
   const Vec magic = splat(12582912.0f + 127.0f);
   const Vec shifted = d * kLog2E + magic;
@@ -178,7 +179,12 @@ inline Exponential exponential(Vec d) {
   p = p * f + 5.5503574e-2f;
   p = p * f + 2.4022649e-1f;
   p = (p * f + 6.9314718e-1f) * f;
-  return {power * p + power, power * p + (power - 1.0f)};
+  const Vec value = power * p + power;
+#if defined(__AVX512F__)
+  return {value, power * p + (power - 1.0f)};
+#else
+  return {tiny ? Vec{} : value, power * p + (power - 1.0f)};
+#endif
 }
 
 // log(y + residual) for y > 0 and a residual of at most its last place: relative error 1e-7 also

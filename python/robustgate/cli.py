@@ -241,25 +241,42 @@ def report(
 
 @app.command(cls=Command)
 def bench(
-    rows: Annotated[int, typer.Option(help="N, tokens.", min=1)] = 512,
-    experts: Annotated[int, typer.Option(help="K.", min=1)] = 4,
-    vocab: Annotated[int, typer.Option(help="V.", min=1)] = 32000,
-    dtype: Annotated[list[str] | None, typer.Option(help="Default: float32 bfloat16.")] = None,
-    threads: Annotated[list[int] | None, typer.Option(help="Default: 1 and torch's own.")] = None,
+    op: Annotated[list[str] | None, typer.Option(metavar="OP...", help="Default: all.")] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODE...", help="forward frozen backward forward_backward."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seconds: Annotated[float, typer.Option(help="Timing of each variant.")] = 2.0,
+    rows: Annotated[int | None, typer.Option(help="N, tokens.", min=1)] = None,
+    experts: Annotated[int | None, typer.Option(help="K.", min=1)] = None,
+    vocab: Annotated[int | None, typer.Option(help="V.", min=1)] = None,
+    hidden: Annotated[int | None, typer.Option(help="H, of linear ops.", min=1)] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Default: float32 bfloat16.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="Default: 1.", min=1)] = None,
+    seconds: Annotated[float, typer.Option(help="Timing of each variant.", min=0)] = 1.0,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZE...", help="Scaling: rows experts vocab threads."),
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Measure other packages too.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where time goes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny, nothing compiled.")] = False,
     out: Annotated[Path | None, typer.Option(help="CSV file to write.")] = None,
     as_json: Json = False,
 ) -> Answer:
-    """Time mixture_nll against eager and compiled torch: checked first, interleaved, in one run."""
-    from robustgate.bench.command import run_bench, view
+    """Time the ops against eager and compiled torch: checked first, interleaved, in one run."""
+    import torch
 
-    measured = run_bench(rows, experts, vocab, dtype, threads, device, seconds)
-    if out is not None:
-        from robustgate.bench.run import write_csv
+    from robustgate.bench.command import QUICK_SIZES, run_bench, run_profile
+    from robustgate.bench.plan import plan
 
-        write_csv(measured, out)
-    return Answer({"rows": [asdict(row) for row in measured]}, (view(measured),))
+    given = {"rows": rows, "experts": experts, "vocab": vocab, "hidden": hidden}
+    sizes = {name: size or QUICK_SIZES[name] for name, size in given.items()} if quick else given
+    tasks = plan(op, mode, dtype, threads, sizes, sweep)
+    where = torch.device(device)
+    if profile:
+        return run_profile(tasks, where)
+    return run_bench(tasks, where, seconds=seconds, quick=quick, peers=peers, out=out)
 
 
 @app.command(cls=Command)

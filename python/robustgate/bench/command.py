@@ -2,86 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
 
 import torch
+from rich.console import RenderableType
 from rich.table import Table
 
-from robustgate.bench.mixture_nll import MODES, Shape
-from robustgate.bench.run import Row, measure_all
+from robustgate.bench import profile
+from robustgate.bench.measure import Effort
+from robustgate.bench.plan import Task
+from robustgate.bench.results import Row, write_csv
+from robustgate.bench.run import INDUCTOR, Results, measure
+from robustgate.console import Answer
 from robustgate.lm.progress import ProgressBar
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUICK_SIZES = {"rows": 32, "experts": 2, "vocab": 500, "hidden": 32}
+"""Of ``--quick``, unless others are given."""
+
+_LEGEND = (
+    "\nof roof: share of the machine's copy rate (GB/s) or GEMM rate (GFLOP/s)\n"
+    "x ours: time / time of robustgate\n"
+    "extra: peak MiB beyond inputs and results\nerror: relative L2, against float64\n"
+    "!: taken beside a busy neighbour, the ratios are worth nothing"
+)
+
+_QUICK = Effort(seconds=0.0, copy_bytes=1 << 22, gemm_size=128, canary_calls=10)
 
 
 def run_bench(
-    rows: int,
-    experts: int,
-    vocab: int,
-    dtypes: Sequence[str] | None,
-    threads: Sequence[int] | None,
-    device: str,
-    seconds: float,
-) -> list[Row]:
-    """Measure every mode of ``mixture_nll``, with a progress bar.
+    tasks: Sequence[Task],
+    device: torch.device,
+    *,
+    seconds: float = 1.0,
+    quick: bool = False,
+    peers: bool = False,
+    out: Path | None = None,
+) -> Answer:
+    """Measure, with a progress bar; the CSV file holds every measurement that is done.
 
-    Raises:
-        ValueError: an unknown dtype.
-        RuntimeError: a variant is wrong, or the device is not there.
+    Args:
+        tasks: what to measure.
+        device: where.
+        seconds: timing of each variant.
+        quick: a few calls of each and no compiled variants: shows that everything runs.
+        peers: whether other packages are measured too.
+        out: CSV file to write.
     """
-    names = dtypes or ["float32", "bfloat16"]
-    for name in names:
-        if name not in _DTYPES:
-            raise ValueError(f"--dtype: expected some of {', '.join(_DTYPES)}, got {name!r}")
-    where = torch.device(device)
-    default = [1] if where.type == "cuda" else sorted({1, torch.get_num_threads()})
-    counts = list(threads or default)
-    with ProgressBar("bench", len(names) * len(counts) * len(MODES)) as bar:
-        started = False
-
-        def step(what: str) -> None:
-            nonlocal started
-            bar.advance(int(started))
-            bar.describe(what)
-            started = True
-
-        measured = measure_all(
-            [Shape(rows, experts, vocab)],
-            [_DTYPES[name] for name in names],
-            counts,
-            where,
-            seconds=seconds,
-            on_step=step,
-        )
-        bar.advance()
-    return measured
-
-
-def view(rows: Sequence[Row]) -> Table:
-    """Return the measurements as a table; a row taken beside a busy neighbour is marked."""
-    shape = rows[0]
-    table = Table(
-        title=f"mixture_nll, N = {shape.rows}, K = {shape.experts}, V = {shape.vocab}",
-        caption="! taken beside a busy neighbour: the ratios are worth nothing",
-        caption_justify="left",
-        title_justify="left",
+    effort = _QUICK if quick else Effort(seconds=seconds)
+    results = Results([], [])
+    with ProgressBar("bench", len(tasks)) as bar:
+        for task in bar.over(tasks):
+            if out is not None:  # before the first, too: a folder that is missing is said at once
+                write_csv(results.rows, out)
+            bar.describe(str(task))
+            compiler = None if quick else INDUCTOR
+            measured = measure(task, device, effort=effort, compiler=compiler, peers=peers)
+            results.rows.extend(measured.rows)
+            results.skipped.extend(measured.skipped)
+    if out is not None:
+        write_csv(results.rows, out)
+    return Answer(
+        {
+            "rows": [asdict(row) for row in results.rows],
+            "skipped": [asdict(skipped) for skipped in results.skipped],
+        },
+        view(results),
     )
-    for name in ("threads", "logits", "pass", "variant"):
-        table.add_column(name)
-    for name in ("ms", "p20", "p80", "GB/s", "of copy", "x compiled", "x eager", "error"):
+
+
+def run_profile(tasks: Iterable[Task], device: torch.device) -> Answer:
+    """Profile this package's op in each task."""
+    profiles = [(task, profile.profile(task, device)) for task in tasks]
+    return Answer(
+        {"profiles": {str(task): [asdict(entry) for entry in found] for task, found in profiles}},
+        tuple(profile.view(task, found) for task, found in profiles),
+    )
+
+
+def view(results: Results) -> tuple[RenderableType, ...]:
+    """Return a table for each measurement, a legend, and what was not timed and why."""
+    tables = [_table(list(rows)) for _, rows in groupby(results.rows, key=_title)]
+    where: dict[tuple[str, str, str], list[str]] = {}
+    for skipped in results.skipped:
+        key = (skipped.op, skipped.variant, skipped.reason)
+        where.setdefault(key, []).append(f"{skipped.mode} {skipped.dtype}")
+    lines = [
+        f"not timed: {op}, {variant}: {reason} ({', '.join(dict.fromkeys(places))})"
+        for (op, variant, reason), places in where.items()
+    ]
+    return (*tables, _LEGEND, *lines)
+
+
+def _title(row: Row) -> str:
+    sizes = {"N": row.rows, "K": row.experts, "V": row.vocab, "H": row.hidden}
+    shape = ", ".join(f"{letter} = {size}" for letter, size in sizes.items() if size)
+    threads = f"{row.threads} thread{'s' * (row.threads > 1)}{'!' * row.contended}"
+    return f"{row.op} {row.mode} {row.dtype}, {threads}: {shape}"
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(
+        title=f"\n{_title(rows[0])}", title_justify="left", box=None, pad_edge=False, padding=(0, 1)
+    )
+    arithmetic = rows[0].gigaflops_per_second is not None
+    table.add_column("variant", no_wrap=True)
+    for name in ("ms", "p20", "p80", "GFLOP/s" if arithmetic else "GB/s"):
         table.add_column(name, justify="right")
+    for name in ("of roof", "x ours", "extra", "error"):
+        table.add_column(name, justify="right")
+    ours = next(row.median_us for row in rows if row.kind == "robustgate")
     for row in rows:
+        rate = row.gigaflops_per_second if arithmetic else row.gigabytes_per_second
         table.add_row(
-            f"{row.threads}{'!' * row.contended}",
-            row.dtype,
-            row.mode,
             row.variant,
             *(f"{value / 1e3:.2f}" for value in (row.median_us, row.p20_us, row.p80_us)),
-            f"{row.gigabytes_per_second:.1f}",
-            f"{row.share_of_copy:.0%}",
-            f"{row.speedup_compiled:.2f}",
-            f"{row.speedup_eager:.2f}",
+            f"{rate:.1f}",
+            f"{row.share_of_roof:.0%}",
+            f"{row.median_us / ours:.2f}",
+            "" if row.extra_mib is None else f"{row.extra_mib:.0f}",
             f"{row.error:.0e}",
-            style="bold green" if row.variant == "robustgate" else "",
+            style="bold green" if row.kind == "robustgate" else "",
         )
     return table

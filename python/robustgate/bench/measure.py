@@ -1,12 +1,53 @@
-"""Timing, the machine's copy rate, and the canary that says whether a neighbour was busy."""
+"""Timing, the machine's copy and GEMM rates, and the canary that hears a busy neighbour."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+
+Result = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is timed: ``run`` on what ``prepare`` makes, which is not timed."""
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], Result]
+
+    def once(self) -> Result:
+        """Return the result of one call."""
+        return self.run(self.prepare())
+
+
+def without_preparation(function: Callable[[], Result]) -> Call:
+    """Return the call that times all of a function."""
+    return Call(lambda: None, lambda _: function())
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time goes into a measurement.
+
+    Attributes:
+        seconds: about how long each variant is timed, if it is not slower.
+        rounds: into which that time is split; a variant has at least so many samples.
+        copy_bytes: size of the copy that gives the memory's rate.
+        gemm_size: rows and columns of the product that gives the arithmetic's rate, on a CPU.
+        canary_calls: length of the canary's loop.
+    """
+
+    seconds: float = 1.0
+    rounds: int = 5
+    copy_bytes: int = 256 << 20
+    gemm_size: int = 2048
+    canary_calls: int = 200
 
 
 @dataclass(frozen=True)
@@ -37,74 +78,110 @@ class Contention:
         return self.utilisation < 0.85 or self.barrier_p99 > 2000.0
 
 
-def contention() -> Contention:
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use ``count`` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def contention(calls: int = 200) -> Contention:
     """Spin on every thread torch uses, and time a small parallel call many times."""
     threads = torch.get_num_threads()
     work = torch.rand(1 << 20)
     work.exp()
     start, used = time.perf_counter(), time.process_time()
-    for _ in range(200):
+    for _ in range(calls):
         work.exp()
     wall, used = time.perf_counter() - start, time.process_time() - used
     small = torch.rand(1 << 16)
     barriers = []
-    for _ in range(300):
+    for _ in range(calls + calls // 2):
         begin = time.perf_counter()
         small.exp()
         barriers.append((time.perf_counter() - begin) * 1e6)
-    return Contention(threads, used / (wall * threads), sorted(barriers)[296])
+    return Contention(threads, used / (wall * threads), _percentile(sorted(barriers), 0.99))
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Clock:
+    """Times one call, on the host or, for a GPU, by events on its stream."""
 
+    def __init__(self, device: torch.device) -> None:
+        """Allocate what empties a GPU's cache between calls."""
+        self._device = device
+        self._flush = (
+            torch.zeros(256 << 20, dtype=torch.uint8, device=device)
+            if device.type == "cuda"
+            else None
+        )
 
-def interleaved(
-    variants: Mapping[str, Callable[[], object]],
-    device: torch.device,
-    *,
-    seconds: float = 2.0,
-    warmup: int = 2,
-) -> dict[str, Timing]:
-    """Time variants in turn, A B C A B C ..., so that drift of the machine hits all alike.
-
-    Args:
-        variants: name -> function of no argument.
-        device: waited for after every call.
-        seconds: about how long each variant is timed; at least 7 rounds.
-        warmup: untimed calls of each.
-    """
-    for function in variants.values():
-        for _ in range(warmup):
-            function()
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    deadline = time.perf_counter() + seconds * len(variants)
-    while len(next(iter(samples.values()))) < 7 or time.perf_counter() < deadline:
-        for name, function in variants.items():
-            _synchronise(device)
+    def microseconds(self, call: Call) -> float:
+        """Return how long ``call.run`` takes; its result is freed after the clock has stopped."""
+        state = call.prepare()
+        if self._flush is None:
             begin = time.perf_counter()
-            function()
-            _synchronise(device)
-            samples[name].append((time.perf_counter() - begin) * 1e6)
-        if len(next(iter(samples.values()))) >= 200:
-            break
-    return {name: _timing(values) for name, values in samples.items()}
+            result = call.run(state)
+            elapsed = (time.perf_counter() - begin) * 1e6
+            del result
+            return elapsed
+        # While the device fills this buffer, the host queues the call: no launch is waited for.
+        self._flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self._device):
+            start.record()
+            result = call.run(state)
+            end.record()
+        end.synchronize()
+        del result
+        return float(start.elapsed_time(end)) * 1e3
 
 
-def _timing(values: list[float]) -> Timing:
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return Timing(ordered[last // 2], ordered[round(0.2 * last)], ordered[round(0.8 * last)])
+def interleaved(calls: Mapping[str, Call], clock: Clock, effort: Effort) -> dict[str, Timing]:
+    """Time calls in turn, A A A B C A A A B C ..., so that drift of the machine hits all alike.
+
+    Each has an equal share of every round; one that is slower than that is called once.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    share = effort.seconds / effort.rounds
+    for _ in range(effort.rounds):
+        for name, call in calls.items():
+            end = time.perf_counter() + share
+            samples[name].append(clock.microseconds(call))
+            while time.perf_counter() < end:
+                samples[name].append(clock.microseconds(call))
+    return {name: _timing(sorted(values)) for name, values in samples.items()}
 
 
-def copy_rate(device: torch.device, size: int = 256 << 20) -> float:
-    """Return the rate of a large copy, GB/s, counting bytes read and written.
+def _timing(ordered: list[float]) -> Timing:
+    return Timing(*(_percentile(ordered, share) for share in (0.5, 0.2, 0.8)))
+
+
+def _percentile(ordered: list[float], share: float) -> float:
+    return ordered[round(share * (len(ordered) - 1))]
+
+
+def copy_call(device: torch.device, size: int) -> tuple[Call, int]:
+    """Return a large copy and the bytes that it reads and writes.
 
     Source and destination are initialised (an untouched allocation reads the zero page) and reused,
     so no page is faulted in while the clock runs.
     """
     source = torch.ones(size // 4, device=device)
     target = torch.zeros_like(source)
-    timing = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=1.0)["copy"]
-    return 2 * size / timing.median / 1e3
+    return without_preparation(lambda: (target.copy_(source),)), 2 * size
+
+
+def gemm_call(device: torch.device, dtype: torch.dtype, size: int) -> tuple[Call, int]:
+    """Return a large square product and its floating-point operations.
+
+    On a CPU it is float32, the arithmetic of the linear ops there; elsewhere of the inputs' dtype.
+    """
+    on_cpu = device.type == "cpu"
+    n, dtype = (size, torch.float32) if on_cpu else (8192, dtype)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return without_preparation(lambda: (torch.mm(a, b, out=out),)), 2 * n**3

@@ -152,13 +152,14 @@ def plan(
 ) -> Tiling:
     """Choose tiles of the heads of a group so that everything allocated fits the workspace.
 
-    Counted per head: tiles of logits (of all columns with ``whole_rows``), of their gradients, the
-    copies of hidden states and weights in the dtype of the sums, and accumulators of gradients.
+    An eighth is left to what BLAS and the raw ops need for themselves. Counted per head: tiles of
+    logits (of all columns with ``whole_rows``), of their gradients, the copies of hidden states and
+    weights in the dtype of the sums, and accumulators of gradients.
     """
     vocab, dtype = heads[0].vocab, heads[0].dtype
     width = max(head.weight.shape[1] for head in heads)
     copied = any(head.weight.dtype != dtype for head in heads)
-    budget = workspace // dtype.itemsize // len(heads)
+    budget = workspace * 7 // 8 // dtype.itemsize // len(heads)
     block = max(count, 1)
     if gradients:
         block = max(1, min(count, budget // 4 // width))  # a quarter for the rows' gradients
