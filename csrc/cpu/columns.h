@@ -19,7 +19,6 @@ namespace RG_ISA {
 constexpr float kImpossible = -1048576.0f;  // nats
 constexpr float kFar = 20.0f;               // nats above expert 0, where e^d_k is left
 constexpr float kLn2 = 0.693147181f;
-constexpr int64_t kColumnsPerFloatSum = 2048;
 
 // One expert's row.
 template <DType D>
@@ -66,6 +65,7 @@ struct Columns {
         rows(new ExpertRow<D>[count]),
         order(new int64_t[count]),
         vectors(new Vec[count * (Loader<D>::kPerLoad + 3) + sum_count]),
+        wide(new VecD[sum_count]),
         x(vectors),
         d(x + count * Loader<D>::kPerLoad),
         e(d + count),
@@ -75,6 +75,7 @@ struct Columns {
     delete[] rows;
     delete[] order;
     delete[] vectors;
+    delete[] wide;
   }
   Columns(const Columns&) = delete;
   Columns& operator=(const Columns&) = delete;
@@ -83,6 +84,7 @@ struct Columns {
   ExpertRow<D>* const rows;  // expert 0 first
   int64_t* const order;      // which expert of the caller's each row is
   Vec* const vectors;
+  VecD* const wide;                            // sums over more columns
   Vec *const x, *const d, *const e, *const u;  // [K] each: u - c, d, e^d, e^d - 1
   Vec* const sums;                             // partial sums of the op
 
@@ -121,6 +123,17 @@ struct Spread {
   Vec squared;  // sum_k d_k^2
 };
 
+// d_k. Experts that differ by a constant leave a small difference of large numbers: the rounding
+// error of float32 logits' difference is added back (Knuth's two-sum); that of 16-bit logits is 0.
+template <DType D>
+inline Vec relative_log_prob(const ExpertRow<D>& row, Vec x, Vec x0, float unit) {
+  const Vec s = x - x0;
+  if constexpr (D != DType::kFloat32) return (s * unit - row.high) - row.low;
+  const Vec v = s - x;
+  const Vec error = (x - (s - v)) - (x0 + v);
+  return (s * unit - row.high) + (error * unit - row.low);
+}
+
 // Fills d, e and u from x[k * kStride].
 template <DType D>
 inline Spread compare(const Columns<D>& c, const Vec* x, float unit) {
@@ -129,7 +142,7 @@ inline Spread compare(const Columns<D>& c, const Vec* x, float unit) {
   c.d[0] = c.u[0] = Vec{};
   c.e[0] = splat(1.0f);
   for (int64_t k = 1; k < c.experts; ++k) {
-    const Vec d = ((x[k * kStride] - x[0]) * unit - c.rows[k].high) - c.rows[k].low;
+    const Vec d = relative_log_prob(c.rows[k], x[k * kStride], x[0], unit);
     const Exponential power = exponential(d);
     c.d[k] = d;
     c.e[k] = power.value;
@@ -217,30 +230,35 @@ inline void for_each_vector(const ExpertRow<D>* rows, int64_t experts, int64_t v
                                  });
 }
 
+// Adds the sums to their wide totals and clears them.
+template <DType D>
+inline void flush(const Columns<D>& c, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    c.wide[i] += widen(c.sums[i]);
+    c.sums[i] = Vec{};
+  }
+}
+
+template <DType D>
+inline void clear(const Columns<D>& c, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    c.wide[i] = VecD{};
+    c.sums[i] = Vec{};
+  }
+}
+
 // Runs body over a row's columns and returns in totals what it adds up in c.sums[0 .. count).
 template <DType D, bool kCap, typename Body>
 inline void sum_columns(const Columns<D>& c, int64_t count, int64_t vocab, const Exponent& e,
                         double* totals, Body body) {
-  constexpr int64_t kVectors = kColumnsPerFloatSum / kLanes;
-  const auto flush = [&] {
-    for (int64_t i = 0; i < count; ++i) {
-      totals[i] += sum_lanes(widen(c.sums[i]));
-      c.sums[i] = Vec{};
-    }
-  };
-  for (int64_t i = 0; i < count; ++i) {
-    totals[i] = 0;
-    c.sums[i] = Vec{};
-  }
+  clear(c, count);
   int64_t vectors = 0;
   for_each_vector<D, kCap, false>(c.rows, c.experts, vocab, e, c.x, [&](const Vec* x, Vec valid) {
     body(x, valid);
-    if (++vectors == kVectors) {
-      vectors = 0;
-      flush();
-    }
+    if (++vectors % kAddsPerFloatSum == 0) flush(c, count);
   });
-  flush();
+  flush(c, count);
+  for (int64_t i = 0; i < count; ++i) totals[i] = sum_lanes(c.wide[i]);
 }
 
 // Corrects the log-sum-exps of nearly equal experts. error_k = sum_v p_0 u_k is 0 but for the

@@ -58,18 +58,16 @@ bool row_exponentials(const typename Loader<D>::Element* z, int64_t vocab, const
   };
   int64_t v = 0;
   while (v + kStep <= vocab) {
-    const int64_t stop = vocab - v > kColumnsPerPartialSum ? v + kColumnsPerPartialSum : vocab;
+    const int64_t stop = vocab - v > kColumnsPerFloatSum / 2 ? v + kColumnsPerFloatSum / 2 : vocab;
     for (; v + kStep <= stop; v += kStep) {
       Vec x[kUnroll];
       for (int i = 0; i < kLoads; ++i)
         Loader<D>::load(z + v + i * kLanes * kPerLoad, x + i * kPerLoad);
       add(x, out + v, nullptr);
     }
-    for (int i = 0; i < kUnroll; ++i) {
-      total += widen(sum[i]);
-      moment += widen(first[i]);
-      sum[i] = first[i] = Vec{};
-    }
+    total += widen((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    moment += widen((first[0] + first[1]) + (first[2] + first[3]));
+    for (int i = 0; i < kUnroll; ++i) sum[i] = first[i] = Vec{};
   }
   if (v < vocab) {
     typename Loader<D>::Element tail[kStep], ones[kStep];
@@ -83,10 +81,8 @@ bool row_exponentials(const typename Loader<D>::Element* z, int64_t vocab, const
       Loader<D>::load(ones + i * kLanes * kPerLoad, valid + i * kPerLoad);
     }
     add(x, out + v, valid);
-    for (int i = 0; i < kUnroll; ++i) {
-      total += widen(sum[i]);
-      moment += widen(first[i]);
-    }
+    total += widen((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    moment += widen((first[0] + first[1]) + (first[2] + first[3]));
   }
   row.sum = sum_lanes(total);
   // Terms beyond 2^64 would overflow the products of the second pass.

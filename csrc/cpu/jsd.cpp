@@ -129,33 +129,34 @@ bool compare_columns(const JSD& op, int64_t n, const Exponent& e, JsdColumns<D>&
 }
 
 // cross[k] = sum_v exponential_k log2 m, m = sum_k factor_k exponential_k.
-template <int kExperts>
-void cross_entropies(const Exponentials& exponentials, int64_t experts, Vec* sums, double* cross) {
+template <int kExperts, DType D>
+void cross_entropies(const Exponentials& exponentials, const Columns<D>& c, double* cross) {
+  const int64_t count = kExperts ? kExperts : c.experts;
   const float* factor = exponentials.factors;
-  const int64_t stride = exponentials.stride;
-  const int64_t count = kExperts ? kExperts : experts;
-  for (int64_t k = 0; k < count; ++k) cross[k] = 0;
-  for (int64_t begin = 0; begin < stride; begin += kColumnsPerFloatSum) {
-    const int64_t end = begin + kColumnsPerFloatSum < stride ? begin + kColumnsPerFloatSum : stride;
-    Vec kept[kExperts ? kExperts : 1];
-    Vec* sum = kExperts ? kept : sums;
-    for (int64_t k = 0; k < count; ++k) sum[k] = Vec{};
+  constexpr int64_t kStep = kAddsPerFloatSum * kLanes;
+  clear(c, count);
+  for (int64_t begin = 0; begin < exponentials.stride; begin += kStep) {
+    const int64_t end = begin + kStep < exponentials.stride ? begin + kStep : exponentials.stride;
+    Vec kept[kExperts ? kExperts : 1] = {};
+    Vec* sum = kExperts ? kept : c.sums;
     for (int64_t v = begin; v < end; v += kLanes) {
       Vec m = {};
       for (int64_t k = 0; k < count; ++k) m += factor[k] * load<Vec>(exponentials.row(k) + v);
       const Vec log_m = log2_of(max(m, splat(kTiny)));
-      for (int64_t k = 0; k < count; ++k) {
-        sum[k] += load<Vec>(exponentials.row(k) + v) * log_m;
-      }
+      for (int64_t k = 0; k < count; ++k) sum[k] += load<Vec>(exponentials.row(k) + v) * log_m;
     }
-    for (int64_t k = 0; k < count; ++k) cross[k] += sum_lanes(widen(sum[k]));
+    for (int64_t k = 0; k < count; ++k) {
+      c.wide[k] += widen(sum[k]);
+      sum[k] = Vec{};
+    }
   }
+  for (int64_t k = 0; k < count; ++k) cross[k] = sum_lanes(c.wide[k]);
 }
 
 // KL_k of row n from entropies; false where the row asks for more.
 template <DType D, bool kCap>
-bool compare_entropies(const JSD& op, int64_t n, const Exponent& e, float* scratch, Vec* sums,
-                       double* cross, double* kl, double* lse) {
+bool compare_entropies(const JSD& op, int64_t n, const Exponent& e, float* scratch,
+                       const Columns<D>& c, double* cross, double* kl, double* lse) {
   typedef typename Loader<D>::Element Element;
   const int64_t experts = op.spec.experts, vocab = op.spec.vocab;
   const float* w = op.weights + n * op.weight_stride;
@@ -172,11 +173,11 @@ bool compare_entropies(const JSD& op, int64_t n, const Exponent& e, float* scrat
     lse[k] = row.lse.value();
     kl[k] = row.mean_exponent - ::log2(row.sum);
   }
-  const auto run = experts == 2   ? &cross_entropies<2>
-                   : experts == 3 ? &cross_entropies<3>
-                   : experts == 4 ? &cross_entropies<4>
-                                  : &cross_entropies<0>;
-  run(exponentials, experts, sums, cross);
+  const auto run = experts == 2   ? &cross_entropies<2, D>
+                   : experts == 3 ? &cross_entropies<3, D>
+                   : experts == 4 ? &cross_entropies<4, D>
+                                  : &cross_entropies<0, D>;
+  run(exponentials, c, cross);
   for (int64_t k = 0; k < experts; ++k) {
     kl[k] = (kl[k] - cross[k] * (factor[k] / (double)w[k])) / kLog2EDouble;
     if (!(kl[k] >= kApart)) return false;
@@ -197,7 +198,7 @@ void forward(const JSD& op, int64_t begin, int64_t end, float* scratch) {
     for (int64_t k = 0; k < experts; ++k) lse[k] = kl[k] = 0;
     const bool ignored = op.target && op.target[n] == op.spec.ignore_index;
     bool known = ignored || (scratch && !op.given_lse &&
-                             compare_entropies<D, kCap>(op, n, e, scratch, c.sums, cross, kl, lse));
+                             compare_entropies<D, kCap>(op, n, e, scratch, c, cross, kl, lse));
     if (!known) {
       for (int64_t k = 0; k < experts; ++k) {
         const Element* z = (const Element*)op.logits[k].data + row_offset(op.logits[k], op.spec, n);

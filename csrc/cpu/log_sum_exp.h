@@ -5,7 +5,10 @@
 // target, which is the peak where a model is sure: no running rescale, one fused multiply-add and
 // one exp2 a column. A row whose sum comes out far from that (beyond 2^64, or not finite) is redone
 // from its true maximum; what is still not finite (NaN, +inf) ends as NaN, and the log-sum-exp of
-// nothing but -inf is -inf. Partial sums are float32 over at most 8192 columns, then float64.
+// nothing but -inf is -inf.
+//
+// Sums are float32 for kAddsPerFloatSum terms a lane, then float64: a row of equal terms rounds the
+// same way at every addition.
 #pragma once
 
 #include "common/online_softmax.h"
@@ -16,8 +19,9 @@ namespace robustgate {
 namespace RG_ISA {
 
 constexpr int64_t kReferenceColumns = 512;
-constexpr int64_t kColumnsPerPartialSum = 8192;
+constexpr int64_t kAddsPerFloatSum = 16;
 constexpr int kUnroll = 4;  // vectors in flight
+constexpr int64_t kColumnsPerFloatSum = kAddsPerFloatSum * kUnroll * kLanes;
 constexpr double kLog2EDouble = 1.4426950408889634;
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
@@ -106,7 +110,7 @@ double sum_exp2(const typename Loader<D>::Element* z, int64_t vocab, const Expon
   VecD total = {};
   int64_t v = 0;
   while (v + kStep <= vocab) {
-    const int64_t stop = vocab - v > kColumnsPerPartialSum ? v + kColumnsPerPartialSum : vocab;
+    const int64_t stop = vocab - v > kColumnsPerFloatSum ? v + kColumnsPerFloatSum : vocab;
     Vec sum[kUnroll] = {};
     for (; v + kStep <= stop; v += kStep) {
       Vec x[kUnroll];
@@ -115,7 +119,7 @@ double sum_exp2(const typename Loader<D>::Element* z, int64_t vocab, const Expon
         sum[i] += exp2<kDegree>(term(x[i]));
       }
     }
-    for (int i = 0; i < kUnroll; ++i) total += widen(sum[i]);
+    total += widen((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
   float tail[kLanes * kUnroll] = {};
   widen_tail<D>(z + v, vocab - v, tail);

@@ -241,19 +241,16 @@ bool compare_columns(const MixtureKL& op, int64_t n, const Exponent& e, KLColumn
 }
 
 // totals[0] = sum_v m_g log2(m_g / m_gamma), totals[1 + k] = sum_v exponential_k m_g / m_gamma.
-template <int kExperts>
-void cross_entropies(const Exponentials& exponentials, int64_t experts, Vec* sums, double* totals) {
-  const int64_t count = kExperts ? kExperts : experts;
+template <int kExperts, DType D>
+void cross_entropies(const Exponentials& exponentials, const Columns<D>& c, double* totals) {
+  const int64_t count = kExperts ? kExperts : c.experts;
   const float *teacher = exponentials.factors, *student = teacher + count;
-  for (int64_t i = 0; i <= count; ++i) totals[i] = 0;
-  for (int64_t begin = 0; begin < exponentials.stride; begin += kColumnsPerFloatSum) {
-    const int64_t end = begin + kColumnsPerFloatSum < exponentials.stride
-                            ? begin + kColumnsPerFloatSum
-                            : exponentials.stride;
-    Vec kept[kExperts ? kExperts : 1];
-    Vec* sum = kExperts ? kept : sums;
-    Vec value = {};
-    for (int64_t k = 0; k < count; ++k) sum[k] = Vec{};
+  constexpr int64_t kStep = kAddsPerFloatSum * kLanes;
+  clear(c, 1 + count);
+  for (int64_t begin = 0; begin < exponentials.stride; begin += kStep) {
+    const int64_t end = begin + kStep < exponentials.stride ? begin + kStep : exponentials.stride;
+    Vec kept[kExperts ? 1 + kExperts : 1] = {};
+    Vec* sum = kExperts ? kept : c.sums;
     for (int64_t v = begin; v < end; v += kLanes) {
       Vec of_teacher = {}, of_student = splat(kTiny);
       for (int64_t k = 0; k < count; ++k) {
@@ -263,12 +260,15 @@ void cross_entropies(const Exponentials& exponentials, int64_t experts, Vec* sum
       }
       const Vec log_ratio = log2_of(max(of_teacher, splat(kTiny))) - log2_of(of_student);
       const Vec ratio = of_teacher / of_student;
-      value += of_teacher * log_ratio;
-      for (int64_t k = 0; k < count; ++k) sum[k] += load<Vec>(exponentials.row(k) + v) * ratio;
+      sum[0] += of_teacher * log_ratio;
+      for (int64_t k = 0; k < count; ++k) sum[1 + k] += load<Vec>(exponentials.row(k) + v) * ratio;
     }
-    totals[0] += sum_lanes(widen(value));
-    for (int64_t k = 0; k < count; ++k) totals[1 + k] += sum_lanes(widen(sum[k]));
+    for (int64_t i = 0; i <= count; ++i) {
+      c.wide[i] += widen(sum[i]);
+      sum[i] = Vec{};
+    }
   }
+  for (int64_t i = 0; i <= count; ++i) totals[i] = sum_lanes(c.wide[i]);
 }
 
 // KL and tilt of row n from entropies; false where the row asks for more.
@@ -293,11 +293,11 @@ bool compare_entropies(const MixtureKL& op, int64_t n, const Exponent& e, float*
     exponentials.factors[experts + k] = (float)(gamma[k] / row.sum);
     op.lse[n * experts + k] = row.lse.value();
   }
-  const auto run = experts == 2   ? &cross_entropies<2>
-                   : experts == 3 ? &cross_entropies<3>
-                   : experts == 4 ? &cross_entropies<4>
-                                  : &cross_entropies<0>;
-  run(exponentials, experts, c.sums, totals);
+  const auto run = experts == 2   ? &cross_entropies<2, D>
+                   : experts == 3 ? &cross_entropies<3, D>
+                   : experts == 4 ? &cross_entropies<4, D>
+                                  : &cross_entropies<0, D>;
+  run(exponentials, c, totals);
   const double value = totals[0] / kLog2EDouble;
   op.value[n] = (float)value;
   for (int64_t k = 0; k < experts; ++k) {

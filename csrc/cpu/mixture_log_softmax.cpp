@@ -224,18 +224,9 @@ template <DType D, bool kCap, typename Source>
 void upstream_totals(const GatedColumns<D>& c, const LogitsSpec& spec, const Exponent& e,
                      const Source& upstream, double* totals) {
   constexpr int kPerLoad = Loader<D>::kPerLoad;
-  constexpr int64_t kLoads = kColumnsPerFloatSum / (kLanes * kPerLoad);
+  constexpr int64_t kLoads = kAddsPerFloatSum / kPerLoad;
   const int64_t count_of_sums = c.experts + 1;
-  for (int64_t i = 0; i < count_of_sums; ++i) {
-    totals[i] = 0;
-    c.sums[i] = Vec{};
-  }
-  const auto flush = [&] {
-    for (int64_t i = 0; i < count_of_sums; ++i) {
-      totals[i] += sum_lanes(widen(c.sums[i]));
-      c.sums[i] = Vec{};
-    }
-  };
+  clear(c, count_of_sums);
   int64_t loads = 0;
   for_each_load<D, kCap, false>(c.rows, c.experts, spec.vocab, e, c.x,
                                 [&](const Vec* x, const Vec* valid, int64_t v, int64_t count) {
@@ -249,12 +240,10 @@ void upstream_totals(const GatedColumns<D>& c, const LogitsSpec& spec, const Exp
                                       c.sums[k] += c.e[k] * scaled;
                                     c.sums[c.experts] += impossible(mixture) ? Vec{} : weight;
                                   }
-                                  if (++loads == kLoads) {
-                                    loads = 0;
-                                    flush();
-                                  }
+                                  if (++loads % kLoads == 0) flush(c, count_of_sums);
                                 });
-  flush();
+  flush(c, count_of_sums);
+  for (int64_t i = 0; i < count_of_sums; ++i) totals[i] = sum_lanes(c.wide[i]);
 }
 
 // Overwrites x with dz_k for a load of columns.
