@@ -128,7 +128,9 @@ bool compare_columns(const JSD& op, int64_t n, const Exponent& e, JsdColumns<D>&
   return true;
 }
 
-// cross[k] = sum_v exponential_k log2 m, m = sum_k factor_k exponential_k.
+// cross[k] = sum_v exponential_k log2 m, m = sum_k factor_k exponential_k. The factors hold a power
+// of two that brings log2 m near 0 where the mass is: a constant logarithm rounds the same way in
+// every column.
 template <int kExperts, DType D>
 void cross_entropies(const Exponentials& exponentials, const Columns<D>& c, double* cross) {
   const int64_t count = kExperts ? kExperts : c.experts;
@@ -161,7 +163,8 @@ bool compare_entropies(const JSD& op, int64_t n, const Exponent& e, float* scrat
   const int64_t experts = op.spec.experts, vocab = op.spec.vocab;
   const float* w = op.weights + n * op.weight_stride;
   const Exponentials exponentials(scratch, experts, vocab);
-  float* factor = exponentials.factors;
+  double* sum = cross + experts;
+  double level = 0;  // of log2 m where the mass is
   for (int64_t k = 0; k < experts; ++k) {
     const Element* z = (const Element*)op.logits[k].data + row_offset(op.logits[k], op.spec, n);
     RowExponentials row;
@@ -169,9 +172,14 @@ bool compare_entropies(const JSD& op, int64_t n, const Exponent& e, float* scrat
         !row_exponentials<D, kCap>(z, vocab, e, exponentials.rows + k * exponentials.stride, row)) {
       return false;
     }
-    factor[k] = (float)(w[k] / row.sum);
+    sum[k] = row.sum;
     lse[k] = row.lse.value();
     kl[k] = row.mean_exponent - ::log2(row.sum);
+    level += w[k] * kl[k];
+  }
+  level = ::floor(level);
+  for (int64_t k = 0; k < experts; ++k) {
+    exponentials.factors[k] = (float)(w[k] / sum[k] * ::exp2(-level));
   }
   const auto run = experts == 2   ? &cross_entropies<2, D>
                    : experts == 3 ? &cross_entropies<3, D>
@@ -179,7 +187,7 @@ bool compare_entropies(const JSD& op, int64_t n, const Exponent& e, float* scrat
                                   : &cross_entropies<0, D>;
   run(exponentials, c, cross);
   for (int64_t k = 0; k < experts; ++k) {
-    kl[k] = (kl[k] - cross[k] * (factor[k] / (double)w[k])) / kLog2EDouble;
+    kl[k] = (kl[k] - level - cross[k] / sum[k]) / kLog2EDouble;
     if (!(kl[k] >= kApart)) return false;
   }
   return true;
@@ -191,7 +199,7 @@ void forward(const JSD& op, int64_t begin, int64_t end, float* scratch) {
   const int64_t experts = op.spec.experts;
   const Exponent e(op.spec);
   JsdColumns<D> c(experts);
-  double* totals = new double[4 * experts + 1];
+  double* totals = new double[5 * experts + 1];
   double *kl = totals + 2 * experts + 1, *cross = kl + experts;
   for (int64_t n = begin; n < end; ++n) {
     double* lse = op.lse + n * experts;

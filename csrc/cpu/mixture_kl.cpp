@@ -281,6 +281,7 @@ bool compare_entropies(const MixtureKL& op, int64_t n, const Exponent& e, float*
   double *g = c.exact, *gamma = c.exact + experts, *sum = totals + 1 + experts;
   softmax(op.teacher_logits + n * op.teacher_stride, experts, g);
   softmax(op.student_logits + n * op.student_stride, experts, gamma);
+  double level = 0;  // of log2 m_gamma where the mass is
   for (int64_t k = 0; k < experts; ++k) {
     const Element* z = (const Element*)op.logits[k].data + row_offset(op.logits[k], op.spec, n);
     RowExponentials row;
@@ -289,16 +290,21 @@ bool compare_entropies(const MixtureKL& op, int64_t n, const Exponent& e, float*
       return false;
     }
     sum[k] = row.sum;
-    exponentials.factors[k] = (float)(g[k] / row.sum);
-    exponentials.factors[experts + k] = (float)(gamma[k] / row.sum);
+    level += gamma[k] * (row.mean_exponent - ::log2(row.sum));
     op.lse[n * experts + k] = row.lse.value();
+  }
+  level = ::floor(level);
+  for (int64_t k = 0; k < experts; ++k) {
+    const double scale = ::exp2(-level) / sum[k];
+    exponentials.factors[k] = (float)(g[k] * scale);
+    exponentials.factors[experts + k] = (float)(gamma[k] * scale);
   }
   const auto run = experts == 2   ? &cross_entropies<2, D>
                    : experts == 3 ? &cross_entropies<3, D>
                    : experts == 4 ? &cross_entropies<4, D>
                                   : &cross_entropies<0, D>;
   run(exponentials, c, totals);
-  const double value = totals[0] / kLog2EDouble;
+  const double value = totals[0] * ::exp2(level) / kLog2EDouble;
   op.value[n] = (float)value;
   for (int64_t k = 0; k < experts; ++k) {
     op.tilt[n * experts + k] = (float)(gamma[k] * (totals[1 + k] / sum[k] - 1.0));
