@@ -208,7 +208,7 @@ void mixture_kl_backward(const MixtureKLBackward& op, int threads) {
   const LogitsSpec& spec = op.forward.spec;
   expect_large(spec, op.grad_logits, op.padded_vocab);
   over_all_experts(spec, threads, [&](int64_t begin, int64_t end) {
-    kernels().mixture_kl_backward(op, begin, end);
+    kernels().mixture_kl_backward(op, begin, end, scratch(exponentials(spec)));
   });
 }
 
@@ -223,7 +223,7 @@ void mixture_log_softmax_backward(const MixtureLogSoftmaxBackward& op, int threa
   const LogitsSpec& spec = op.forward.spec;
   expect_large(spec, op.grad_logits, op.padded_vocab);
   over_all_experts(spec, threads, [&](int64_t begin, int64_t end) {
-    kernels().mixture_log_softmax_backward(op, begin, end);
+    kernels().mixture_log_softmax_backward(op, begin, end, scratch(exponentials(spec)));
   });
 }
 

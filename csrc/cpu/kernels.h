@@ -13,11 +13,12 @@
   void jsd(const JSD& op, int64_t begin, int64_t end, float* scratch);                          \
   void jsd_backward(const JSDBackward& op, int64_t begin, int64_t end);                         \
   void mixture_kl(const MixtureKL& op, int64_t begin, int64_t end, float* scratch);             \
-  void mixture_kl_backward(const MixtureKLBackward& op, int64_t begin, int64_t end);            \
+  void mixture_kl_backward(const MixtureKLBackward& op, int64_t begin, int64_t end,             \
+                           float* scratch);                                                     \
   void mixture_log_softmax(const MixtureLogSoftmax& op, int64_t begin, int64_t end,             \
                            float* scratch);                                                     \
   void mixture_log_softmax_backward(const MixtureLogSoftmaxBackward& op, int64_t begin,         \
-                                    int64_t end);                                               \
+                                    int64_t end, float* scratch);                               \
   }
 
 namespace robustgate {

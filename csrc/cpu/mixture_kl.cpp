@@ -361,8 +361,60 @@ inline void for_each_pull(const KLColumns<D>& c, const Vec* x, Vec valid, const 
   }
 }
 
+// dz_k of a row whose mixtures are clearly apart, from probabilities kept in scratch: one
+// exponential per expert and column in all. False, with nothing written, where a mixture is too
+// small.
 template <DType D, bool kCap>
-void backward(const MixtureKLBackward& op, int64_t begin, int64_t end) {
+bool backward_from_probabilities(const LogitsSpec& spec, const KLColumns<D>& c, const Exponent& e,
+                                 float* scratch, double* balance, float grad) {
+  constexpr int kStride = Loader<D>::kPerLoad;
+  constexpr int kDegree = kStride == 2 || D == DType::kFloat16 ? 2 : 3;
+  const int64_t experts = spec.experts, stride = scratch_stride(spec.vocab);
+  // u[k] = p_k (g_k log(1 + t) - gamma_k t) for the probabilities in e[k].
+  const auto pull = [&](Vec student, Vec teacher) {
+    const Vec log_ratio = (log2_of(max(teacher, splat(kTiny))) - log2_of(student)) * kLn2;
+    const Vec t = teacher / student - 1.0f;
+    for (int64_t k = 0; k < experts; ++k) {
+      c.u[k] = c.e[k] * (c.teacher[k] * log_ratio - c.student[k] * t);
+    }
+  };
+  Vec smallest = splat(1.0f);
+  float* at = scratch;
+  sum_columns<D, kCap>(c, experts, spec.vocab, e, balance, [&](const Vec* x, Vec valid) {
+    Vec teacher = {}, student = {};
+    for (int64_t k = 0; k < experts; ++k) {
+      c.e[k] = exp2<kDegree>(log2_prob(c.rows[k], x[k * kStride], e.scale));
+      store(at + k * stride, c.e[k]);
+      teacher += c.teacher[k] * c.e[k];
+      student += c.student[k] * c.e[k];
+    }
+    at += kLanes;
+    smallest = min(student, smallest);
+    pull(student, teacher);
+    for (int64_t k = 0; k < experts; ++k) c.sums[k] += c.u[k] * valid;
+  });
+  if (!all_above(smallest, kSmallestMixture)) return false;
+  at = scratch;
+  for_each_vector<D, kCap, true>(c.rows, experts, spec.vocab, e, c.x, [&](Vec* x, Vec) {
+    Vec teacher = {}, student = {};
+    for (int64_t k = 0; k < experts; ++k) {
+      c.e[k] = load<Vec>(at + k * stride);
+      teacher += c.teacher[k] * c.e[k];
+      student += c.student[k] * c.e[k];
+    }
+    at += kLanes;
+    pull(student, teacher);
+    for (int64_t k = 0; k < experts; ++k) {
+      const Vec dz = grad * (c.u[k] - c.e[k] * (float)balance[k]);
+      const Vec u = x[k * kStride];
+      x[k * kStride] = kCap ? dz * (1.0f - u * u) : dz;
+    }
+  });
+  return true;
+}
+
+template <DType D, bool kCap>
+void backward(const MixtureKLBackward& op, int64_t begin, int64_t end, float* scratch) {
   constexpr int kStride = Loader<D>::kPerLoad;
   const MixtureKL& fwd = op.forward;
   const int64_t experts = fwd.spec.experts, vocab = fwd.spec.vocab;
@@ -381,10 +433,15 @@ void backward(const MixtureKLBackward& op, int64_t begin, int64_t end) {
       any = any || asked;
     }
     if (!finite || !any) continue;
+    const float scaled = (float)(grad / fwd.spec.temperature);
+    bool apart = scratch && fwd.value[n] >= kApart;
+    for (int64_t k = 0; k < experts; ++k) apart = apart && c.student[k] >= kSmallestWeight;
+    if (apart && backward_from_probabilities<D, kCap>(fwd.spec, c, e, scratch, balance, scaled)) {
+      continue;
+    }
     sum_columns<D, kCap>(c, experts, vocab, e, balance, [&](const Vec* x, Vec valid) {
       for_each_pull(c, x, valid, e, far_pull, [&](int64_t k, Vec pull, Vec) { c.sums[k] += pull; });
     });
-    const float scaled = (float)(grad / fwd.spec.temperature);
     for_each_vector<D, kCap, true>(c.rows, experts, vocab, e, c.x, [&](Vec* x, Vec valid) {
       for_each_pull(c, x, valid, e, far_pull, [&](int64_t k, Vec pull, Vec p) {
         const Vec dz = scaled * (pull - p * (float)balance[k]);
@@ -403,8 +460,8 @@ void mixture_kl(const MixtureKL& op, int64_t begin, int64_t end, float* scratch)
   RG_FOR_LOGITS(op.spec, forward, op, begin, end, scratch)
 }
 
-void mixture_kl_backward(const MixtureKLBackward& op, int64_t begin, int64_t end) {
-  RG_FOR_LOGITS(op.forward.spec, backward, op, begin, end)
+void mixture_kl_backward(const MixtureKLBackward& op, int64_t begin, int64_t end, float* scratch) {
+  RG_FOR_LOGITS(op.forward.spec, backward, op, begin, end, scratch)
 }
 
 }  // namespace RG_ISA

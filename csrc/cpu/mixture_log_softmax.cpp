@@ -99,8 +99,6 @@ void write_row(const GatedColumns<D>& c, const LogitsSpec& spec, const Exponent&
                                 });
 }
 
-constexpr float kSmallestMixture = 7.88860905e-31f;  // 2^-100: no part of it has underflowed
-
 // The same from exponentials; false where a mixture is too small, or the row asks for more.
 template <DType D, bool kCap>
 bool write_row_from_exponentials(const MixtureLogSoftmax& op, int64_t n, const Exponent& e,
@@ -146,11 +144,7 @@ bool write_row_from_exponentials(const MixtureLogSoftmax& op, int64_t n, const E
       if (!(tail[i] > -69.0f)) return false;
     }
   }
-  // NaN compares false: !(> ) catches it too.
-  for (int i = 0; i < kLanes; ++i) {
-    if (!(smallest[i] > kSmallestMixture)) return false;
-  }
-  return true;
+  return all_above(smallest, kSmallestMixture);
 }
 
 // totals[k] = sum_v r_k(v), totals[K] = sum_v log m(v)
@@ -262,8 +256,69 @@ inline void gradients(const GatedColumns<D>& c, Vec* x, const Vec* grad, const f
   }
 }
 
+// The same from probabilities kept in scratch: one exponential per expert and column in all. False,
+// with nothing written, where a mixture is too small.
 template <DType D, bool kCap>
-void backward(const MixtureLogSoftmaxBackward& op, int64_t begin, int64_t end) {
+bool backward_from_probabilities(const MixtureLogSoftmaxBackward& op, const GatedColumns<D>& c,
+                                 const Upstream<Loader<D>::kPerLoad>& upstream, const Exponent& e,
+                                 float* scratch, double* totals, bool write) {
+  constexpr int kPerLoad = Loader<D>::kPerLoad;
+  constexpr int kDegree = kPerLoad == 2 || D == DType::kFloat16 ? 2 : 3;
+  const LogitsSpec& spec = op.forward.spec;
+  const int64_t experts = spec.experts, stride = scratch_stride(spec.vocab);
+  clear(c, experts + 1);
+  Vec smallest = splat(1.0f);
+  int64_t loads = 0;
+  for_each_load<D, kCap, false>(
+      c.rows, experts, spec.vocab, e, c.x,
+      [&](const Vec* x, const Vec* valid, int64_t v, int64_t count) {
+        Vec grad[kPerLoad];
+        upstream.load(v, count, grad);
+        for (int j = 0; j < kPerLoad; ++j) {
+          Vec m = {};
+          for (int64_t k = 0; k < experts; ++k) {
+            c.e[k] = exp2<kDegree>(log2_prob(c.rows[k], x[k * kPerLoad + j], e.scale));
+            store(scratch + k * stride + v + j * kLanes, c.e[k]);
+            m += c.gate[k] * c.e[k];
+          }
+          const Vec counted = valid[j] > 0.0f ? m : splat(1.0f);
+          smallest = min(counted, smallest);
+          const Vec weight = grad[j] * valid[j];
+          const Vec ratio = weight / counted;
+          for (int64_t k = 0; k < experts; ++k) c.sums[k] += c.e[k] * ratio;
+          c.sums[experts] += weight;
+        }
+        if (++loads % (kAddsPerFloatSum / kPerLoad) == 0) flush(c, experts + 1);
+      });
+  flush(c, experts + 1);
+  if (!all_above(smallest, kSmallestMixture)) return false;
+  for (int64_t i = 0; i <= experts; ++i) {
+    totals[i] = sum_lanes(c.wide[i]) * (i < experts ? c.gate[i] : 1.0f);
+  }
+  if (!write) return true;
+  const float inverse_temperature = (float)(1.0 / spec.temperature);
+  for_each_load<D, kCap, true>(
+      c.rows, experts, spec.vocab, e, c.x, [&](Vec* x, const Vec* valid, int64_t v, int64_t count) {
+        Vec grad[kPerLoad];
+        upstream.load(v, count, grad);
+        for (int j = 0; j < kPerLoad; ++j) {
+          const float* at = scratch + v + j * kLanes;
+          Vec m = {};
+          for (int64_t k = 0; k < experts; ++k) m += c.gate[k] * load<Vec>(at + k * stride);
+          const Vec ratio = grad[j] / (valid[j] > 0.0f ? m : splat(1.0f));
+          for (int64_t k = 0; k < experts; ++k) {
+            const Vec u = x[k * kPerLoad + j];
+            const Vec dz = load<Vec>(at + k * stride) * inverse_temperature *
+                           (c.gate[k] * ratio - (float)totals[k]);
+            x[k * kPerLoad + j] = kCap ? dz * (1.0f - u * u) : dz;
+          }
+        }
+      });
+  return true;
+}
+
+template <DType D, bool kCap>
+void backward(const MixtureLogSoftmaxBackward& op, int64_t begin, int64_t end, float* scratch) {
   constexpr int kPerLoad = Loader<D>::kPerLoad;
   const MixtureLogSoftmax& fwd = op.forward;
   const int64_t experts = fwd.spec.experts, vocab = fwd.spec.vocab;
@@ -283,13 +338,16 @@ void backward(const MixtureLogSoftmaxBackward& op, int64_t begin, int64_t end) {
     }
     const double nothing = zero ? 0.0 : (double)NAN;
     for (int64_t k = 0; k <= experts; ++k) totals[k] = nothing;
-    if (finite && !zero) upstream_totals<D, kCap>(c, fwd.spec, e, upstream, totals);
+    const bool done =
+        finite && !zero && scratch &&
+        backward_from_probabilities<D, kCap>(op, c, upstream, e, scratch, totals, any);
+    if (finite && !zero && !done) upstream_totals<D, kCap>(c, fwd.spec, e, upstream, totals);
     for (int64_t k = 0; k < experts; ++k) total[k] = (float)totals[k];
     if (op.grad_gate_logits) {
       float* out = op.grad_gate_logits + n * experts;
       for (int64_t k = 0; k < experts; ++k) out[k] = total[k] - c.gate[k] * (float)totals[experts];
     }
-    if (!any) continue;
+    if (!any || done) continue;
     const float inverse_temperature = (float)(1.0 / fwd.spec.temperature);
     for_each_load<D, kCap, true>(c.rows, experts, vocab, e, c.x,
                                  [&](Vec* x, const Vec*, int64_t v, int64_t count) {
@@ -308,8 +366,9 @@ void mixture_log_softmax(const MixtureLogSoftmax& op, int64_t begin, int64_t end
   RG_FOR_LOGITS(op.spec, forward, op, begin, end, scratch)
 }
 
-void mixture_log_softmax_backward(const MixtureLogSoftmaxBackward& op, int64_t begin, int64_t end) {
-  RG_FOR_LOGITS(op.forward.spec, backward, op, begin, end)
+void mixture_log_softmax_backward(const MixtureLogSoftmaxBackward& op, int64_t begin, int64_t end,
+                                  float* scratch) {
+  RG_FOR_LOGITS(op.forward.spec, backward, op, begin, end, scratch)
 }
 
 }  // namespace RG_ISA

@@ -86,6 +86,14 @@ inline bool any_above(Vec x, float bound) {
 #endif
 }
 
+// Whether x > bound in every lane; false where x is NaN.
+inline bool all_above(Vec x, float bound) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(x[i] > bound)) return false;
+  }
+  return true;
+}
+
 // 0, 1, 2, ...
 inline Vec lane_index() {
   Vec v;
