@@ -152,14 +152,15 @@ def plan(
 ) -> Tiling:
     """Choose tiles of the heads of a group so that everything allocated fits the workspace.
 
-    An eighth is left to what BLAS and the raw ops need for themselves. Counted per head: tiles of
-    logits (of all columns with ``whole_rows``), of their gradients, the copies of hidden states and
-    weights in the dtype of the sums, and accumulators of gradients.
+    Half is left to BLAS, to the raw ops, and to an allocator that keeps what a forward pass freed while
+    the backward pass asks for more. Counted per head: tiles of logits (of all columns with
+    ``whole_rows``), of their gradients, the copies of hidden states and weights in the dtype of the
+    sums, and accumulators of gradients.
     """
     vocab, dtype = heads[0].vocab, heads[0].dtype
     width = max(head.weight.shape[1] for head in heads)
     copied = any(head.weight.dtype != dtype for head in heads)
-    budget = workspace * 7 // 8 // dtype.itemsize // len(heads)
+    budget = workspace // 2 // dtype.itemsize // len(heads)
     block = max(count, 1)
     if gradients:
         block = max(1, min(count, budget // 4 // width))  # a quarter for the rows' gradients
@@ -169,11 +170,15 @@ def plan(
     weights_held = copied * (2 if gradients else 1)
 
     def used() -> int:
-        tile = rows * (vocab if whole_rows else columns)
-        return tiles_held * tile + weights_held * columns * width + rows * width
+        return tiles_held * rows * columns + weights_held * columns * width + rows * width
 
+    while used() > budget and columns > 1 and copied and columns * width > budget // 4:
+        columns = (columns + 1) // 2
+    if whole_rows:
+        left = budget - weights_held * columns * width
+        return Tiling(max(1, min(rows, left // (vocab + width))), columns, block)
     while used() > budget and (rows > 1 or columns > 1):
-        if columns > 1 and (columns >= rows or rows == 1) and not (whole_rows and not copied):
+        if columns > 1 and (columns >= rows or rows == 1):
             columns = (columns + 1) // 2
         else:
             rows = (rows + 1) // 2
