@@ -152,8 +152,8 @@ def plan(
 ) -> Tiling:
     """Choose tiles of the heads of a group so that everything allocated fits the workspace.
 
-    Half is left to BLAS, to the raw ops, and to an allocator that keeps what a forward pass freed while
-    the backward pass asks for more. Counted per head: tiles of logits (of all columns with
+    Half is left to BLAS, to the raw ops, and to an allocator that keeps what a forward pass freed
+    while the backward pass asks for more. Counted per head: tiles of logits (of all columns with
     ``whole_rows``), of their gradients, the copies of hidden states and weights in the dtype of the
     sums, and accumulators of gradients.
     """
