@@ -20,6 +20,15 @@ constexpr float kImpossible = -1048576.0f;  // nats
 constexpr float kFar = 20.0f;               // nats above expert 0, where e^d_k is left
 constexpr float kLn2 = 0.693147181f;
 
+// Softmax of K gate logits; NaN for NaN, +inf or nothing but -inf.
+inline void softmax(const float* logits, int64_t count, double* out) {
+  float top = logits[0];
+  for (int64_t k = 1; k < count; ++k) top = logits[k] > top ? logits[k] : top;
+  double sum = 0;
+  for (int64_t k = 0; k < count; ++k) sum += out[k] = ::exp((double)logits[k] - top);
+  for (int64_t k = 0; k < count; ++k) out[k] /= sum;
+}
+
 // One expert's row.
 template <DType D>
 struct ExpertRow {
