@@ -32,7 +32,6 @@ def _fake_backward(
     grad: Tensor,
     logits: Sequence[Tensor],
     gate_logits: Tensor,
-    log_mixture: Tensor,
     lse: Tensor,
     needs_grad: Sequence[bool],
     *settings: Any,
@@ -46,7 +45,6 @@ def _eager_backward(
     grad: Tensor,
     logits: Sequence[Tensor],
     gate_logits: Tensor,
-    log_mixture: Tensor,
     lse: Tensor,
     needs_grad: Sequence[bool],
     vocab_size: int,
@@ -54,7 +52,7 @@ def _eager_backward(
     softcap: float | None,
 ) -> tuple[list[Tensor], Tensor]:
     return reference.mixture_log_softmax_backward(
-        grad, logits, gate_logits, log_mixture, needs_grad, temperature, softcap
+        grad, logits, gate_logits, needs_grad, vocab_size, temperature, softcap
     )
 
 
@@ -66,7 +64,7 @@ _mixture_log_softmax = define(
 )
 _mixture_log_softmax_backward = define(
     "mixture_log_softmax_backward(Tensor grad, Tensor[] logits, Tensor gate_logits, "
-    f"Tensor log_mixture, Tensor lse, bool[] needs_grad, {_SETTINGS}) -> (Tensor[], Tensor)",
+    f"Tensor lse, bool[] needs_grad, {_SETTINGS}) -> (Tensor[], Tensor)",
     _fake_backward,
     _eager_backward,
 )
@@ -79,17 +77,17 @@ class _MixtureLogSoftmax(torch.autograd.Function):
     ) -> Tensor:
         log_mixture: Tensor
         log_mixture, lse = _mixture_log_softmax(list(logits), gate_logits, *settings)
-        ctx.save_for_backward(gate_logits, log_mixture, lse, *logits)
+        ctx.save_for_backward(gate_logits, lse, *logits)
         ctx.settings = settings
         return log_mixture
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate_logits, log_mixture, lse, *logits = ctx.saved_tensors
+        gate_logits, lse, *logits = ctx.saved_tensors
         needs_gate, _, *needs_logits = ctx.needs_input_grad
         grads, grad_gate = _mixture_log_softmax_backward(
-            grad.contiguous(), logits, gate_logits, log_mixture, lse, needs_logits, *ctx.settings
+            grad.contiguous(), logits, gate_logits, lse, needs_logits, *ctx.settings
         )
         return (
             gate_gradient(grad_gate, gate_logits) if needs_gate else None,

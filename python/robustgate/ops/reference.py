@@ -158,13 +158,13 @@ def mixture_log_softmax_backward(
     grad: Tensor,  # [..., V] or [..., 1]
     logits: Sequence[Tensor],  # K x [..., >= V]
     gate_logits: Tensor,  # [..., K] or [K]
-    log_mixture: Tensor,  # [..., V]
     needs_grad: Sequence[bool],  # K
+    vocab_size: int,
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:  # [..., V_k] for each expert that needs it; [..., K]
     """Return ``dz_k = c r_k - p_k sum_u c r_k`` and ``da_k = sum_v c (r_k - g_k)``, c = grad."""
-    vocab_size = log_mixture.shape[-1]
+    log_mixture, _ = mixture_log_softmax(logits, gate_logits, vocab_size, temperature, softcap)
     log_gate = torch.log_softmax(gate_logits, dim=-1)
     grads, shares = [], []
     for k, expert in enumerate(logits):
@@ -249,8 +249,7 @@ def mixture_mean_log_prob_backward(
     """Return ``dz_k(v) = grad (r_k(v) / V - p_k(v) mean_u r_k(u)) dz'/dz``."""
     ignored = target == ignore_index
     logits = [z.masked_fill(ignored.unsqueeze(-1), 0.0) for z in logits]
-    log_mixture, _ = mixture_log_softmax(logits, gate_logits, vocab_size, temperature, softcap)
     upstream = (grad / vocab_size).masked_fill(ignored, 0.0).unsqueeze(-1)
     return mixture_log_softmax_backward(
-        upstream, logits, gate_logits, log_mixture, needs_grad, temperature, softcap
+        upstream, logits, gate_logits, needs_grad, vocab_size, temperature, softcap
     )[0]

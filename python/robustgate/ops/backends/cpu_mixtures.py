@@ -202,7 +202,6 @@ def mixture_log_softmax_backward(
     grad: Tensor,
     logits: Sequence[Tensor],
     gate_logits: Tensor,
-    log_mixture: Tensor,
     lse: Tensor,
     needs_grad: Sequence[bool],
     vocab_size: int,
