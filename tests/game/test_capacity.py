@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from robustgate.game import capacity
+from robustgate.game import CVaR, Floor, KLBall, Vertices, capacity
 
 TOL = 1e-9
 
@@ -70,6 +70,31 @@ def test_bounds_hold_for_every_mixture_and_every_model():
         kl = (probs * (probs / (mixture @ probs)).log()).sum(dim=1)
         assert float(mixture @ kl) <= result.upper_bound + 1e-15
         assert float(kl.amax()) >= result.lower_bound - 1e-15
+
+
+@pytest.mark.parametrize(
+    "mixtures",
+    [Floor(0.1), CVaR(0.5), KLBall(0.1), Vertices([[0.7, 0.1, 0.1, 0.1], [0, 0.5, 0, 0.5]])],
+)
+def test_over_a_smaller_set_of_mixtures(mixtures):
+    probs = torch.distributions.Dirichlet(torch.ones(9, dtype=torch.float64)).sample((4,))
+    result = capacity(probs, mixtures=mixtures, tol=1e-7)
+    assert result.converged
+    assert mixtures.contains(result.mixture)
+    assert result.value <= capacity(probs).upper_bound
+    best = 0.0
+    uniform = torch.full((4,), 0.25, dtype=torch.float64)
+    for losses in 3 * torch.randn(300, 4, dtype=torch.float64):
+        mixture = mixtures.mirror_step(uniform, losses, 1.0)
+        mixed = mixture @ probs
+        best = max(best, float(mixture @ (probs * (probs / mixed).log()).sum(dim=1)))
+    assert best <= result.upper_bound + 1e-12
+    assert best >= result.lower_bound - 0.02  # 300 draws come near
+
+
+def test_only_the_uniform_mixture():
+    result = capacity(torch.eye(3), mixtures=CVaR(1.0), tol=TOL)
+    assert result.value == pytest.approx(math.log(3), abs=TOL)
 
 
 def test_a_weight_that_would_underflow_keeps_the_bounds_finite():

@@ -21,6 +21,8 @@ def test_docstring_examples(name):
 def test_public_functions_and_classes_have_examples():
     finder = doctest.DocTestFinder(recurse=False)
     for name in ("robust_prior", "maximum_likelihood_prior", "certificate", "capacity",
-                 "bootstrap_worst_case", "BayesGate", "Simplex"):  # fmt: skip
+                 "bootstrap_worst_case", "BayesGate", "Simplex", "Floor", "Box", "CVaR", "KLBall",
+                 "Vertices", "solve_exact", "exact_certificate", "maximum_entropy_gate", "bounds",
+                 "active_set"):  # fmt: skip
         tests = finder.find(getattr(robustgate.game, name), name)
         assert any(test.examples for test in tests), name

@@ -226,6 +226,16 @@ def test_baselines():
     assert robust_prior(log_probs, baseline="raw").baseline.tolist() == [0.0, 0.0]
 
 
+def test_hindsight_is_the_best_expert_of_every_document():
+    log_probs = random_instance()
+    solution = robust_prior(log_probs, baseline="hindsight")
+    expected = [float(-matrix.amax(dim=1).mean()) for matrix in log_probs.values()]
+    assert solution.baseline.tolist() == pytest.approx(expected, abs=1e-12)
+    # pi_w <= max_k pi_k everywhere, and uniform weights reach a K-th of it.
+    assert 0 <= solution.value <= math.log(4) + 1e-6
+    assert solution.value >= robust_prior(log_probs).value - 1e-6
+
+
 def test_shifting_a_baseline_shifts_the_value():
     log_probs = random_instance()
     raw = robust_prior(log_probs, baseline="raw", tol=TOL)
@@ -301,7 +311,7 @@ def test_bad_log_probs_are_refused(log_probs, error, message):
 @pytest.mark.parametrize(
     ("baseline", "error", "message"),
     [
-        ("best", ValueError, 'baseline: expected "excess", "raw" or numbers, got \'best\''),
+        ("best", ValueError, 'baseline: expected "excess", "hindsight", "raw" or .* \'best\''),
         ({"a": 0.0}, ValueError, r"baseline: expected the domains \['a', 'b'\], got \['a'\]"),
         (torch.zeros(3), ValueError, r"baseline: expected shape \[2\], got \(3,\)"),
         (torch.tensor([0.0, math.nan]), ValueError, "baseline: expected finite numbers"),

@@ -7,13 +7,24 @@ seen an upper bound; both are proofs of their own.
 
 import math
 
+import cvxpy as cp
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog, minimize
 from scipy.special import logsumexp
 
-from robustgate.game import Simplex, robust_prior
+from robustgate.game import (
+    Box,
+    CVaR,
+    Floor,
+    KLBall,
+    MixtureSet,
+    Simplex,
+    Vertices,
+    certificate,
+    robust_prior,
+)
 
 
 def loss_and_gradient(matrix, prior):
@@ -123,18 +134,18 @@ def test_agrees_with_exponentiated_gradient_and_em(seed):
     assert abs(simple.value - newton.value) <= 1e-3
 
 
-class ExpectedShortfall:
-    """CVaR: no domain weighs more than 1 / (alpha D). A set written against the protocol alone."""
+class ExpectedShortfall(MixtureSet):
+    """CVaR once more, one domain after the other: a set a user might write."""
 
     def __init__(self, alpha, domains):
         self.cap = 1 / (alpha * domains)
 
-    def support(self, losses):
+    def worst_case(self, losses):
         mixture, left = torch.zeros_like(losses), 1.0
         for d in losses.argsort(descending=True).tolist():
             mixture[d] = min(self.cap, left)
             left -= float(mixture[d])
-        return float(mixture @ losses), mixture
+        return mixture @ losses, mixture
 
     def mirror_step(self, mixture, losses, step):
         weights = torch.softmax(mixture.log() + step * losses, dim=0)
@@ -153,7 +164,7 @@ class ExpectedShortfall:
     def vertices(self, domains):
         """Every vertex, by support functions of random directions: enough for four domains."""
         directions = torch.randn(400, domains, dtype=torch.float64)
-        return torch.stack([self.support(x)[1] for x in directions]).unique(dim=0).numpy()
+        return torch.stack([self.support(x)[1] for x in directions]).unique(dim=0)
 
 
 def four_domains():
@@ -171,53 +182,68 @@ def test_another_mixture_set_needs_no_change_of_the_solver(alpha):
     assert solution.converged
     assert mixtures.contains(solution.mixture)
     lower, upper = cutting_planes(
-        log_probs, solution.baseline.numpy(), mixtures.vertices(4), tol=1e-7
+        log_probs, solution.baseline.numpy(), mixtures.vertices(4).numpy(), tol=1e-7
     )
     assert upper - lower <= 1e-6
     assert solution.value == pytest.approx(upper, abs=2e-6)
     simple = robust_prior(log_probs, mixtures=mixtures, method="first-order", tol=1e-3)
     assert abs(simple.value - solution.value) <= 1e-3
+    assert robust_prior(log_probs, mixtures=CVaR(alpha)).value == pytest.approx(
+        solution.value, abs=2e-6
+    )
 
 
 def test_expected_shortfall_runs_from_the_pooled_mean_to_the_worst_case():
     log_probs = four_domains()
     full = robust_prior(log_probs)
-    narrow = robust_prior(log_probs, mixtures=ExpectedShortfall(0.25, 4))  # cap 1: the simplex
+    narrow = robust_prior(log_probs, mixtures=CVaR(0.25))  # cap 1: the simplex
     assert narrow.value == pytest.approx(full.value, abs=1e-6)
-    wide = robust_prior(log_probs, mixtures=ExpectedShortfall(1.0, 4))  # only the uniform mixture
+    wide = robust_prior(log_probs, mixtures=CVaR(1.0))  # only the uniform mixture
     pooled = robust_prior({"all": torch.cat(list(log_probs.values()))}, baseline="raw")
     assert wide.value == pytest.approx(pooled.value - float(full.baseline.mean()), abs=2e-6)
 
 
-class DivergenceBall:
-    """KL(lambda || uniform) <= radius: a curved set, approached by ever more cutting planes."""
-
-    def __init__(self, radius):
-        self.radius = radius
-
-    def _divergence(self, mixture):
-        return float(torch.xlogy(mixture, mixture * len(mixture)).sum())
-
-    def support(self, losses):
-        low, high = 1e-9, 1e9  # temperature, by bisection on the divergence it yields
-        for _ in range(200):
-            middle = math.sqrt(low * high)
-            inside = self._divergence(torch.softmax(losses / middle, dim=0)) <= self.radius
-            low, high = (low, middle) if inside else (middle, high)
-        mixture = torch.softmax(losses / high, dim=0)
-        return float(mixture @ losses), mixture
-
-    def mirror_step(self, mixture, losses, step):
-        raise NotImplementedError
-
-    def contains(self, mixture, tolerance=1e-9):
-        return self._divergence(mixture) <= self.radius + tolerance
+SETS = {
+    "floor": Floor(0.1),
+    "box": Box([0.1, 0.0, 0.0, 0.2], [0.5, 0.4, 1.0, 0.6]),
+    "cvar": CVaR(0.6),
+    "vertices": Vertices([[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.8, 0.0], [0.0, 0.0, 0.5, 0.5]]),
+}
 
 
-def test_a_curved_mixture_set_is_solved_between_uniform_and_worst_case():
+@pytest.mark.parametrize("name", SETS)
+def test_every_polytope_agrees_with_cutting_planes(name):
+    log_probs, mixtures = four_domains(), SETS[name]
+    solution = robust_prior(log_probs, mixtures=mixtures, tol=1e-8)
+    assert mixtures.contains(solution.mixture)
+    lower, upper = cutting_planes(
+        log_probs, solution.baseline.numpy(), mixtures.vertices(4).numpy(), tol=1e-7
+    )
+    assert upper - lower <= 1e-6
+    assert solution.value == pytest.approx(upper, abs=2e-6)
+    proof = certificate(log_probs, solution.prior, solution.mixture, mixtures=mixtures)
+    assert proof.upper_bound == pytest.approx(solution.upper_bound, abs=1e-12)
+    assert proof.gap <= 1e-8 + 1e-12
+
+
+@pytest.mark.parametrize("radius", [0.01, 0.05, 0.3])
+def test_a_ball_agrees_with_a_convex_program(radius):
+    # sigma(l) = min_tau tau log mean e^{l / tau} + tau radius, tau a variable; the losses are
+    # concave functions of the prior, so this is one convex program.
     log_probs = four_domains()
-    solution = robust_prior(log_probs, mixtures=DivergenceBall(0.05), tol=1e-5, max_passes=300)
+    solution = robust_prior(log_probs, mixtures=KLBall(radius), tol=1e-8)
     assert solution.converged
-    worst = robust_prior(log_probs).value
-    uniform = robust_prior(log_probs, mixtures=ExpectedShortfall(1.0, 4)).value
-    assert uniform + 1e-5 < solution.value < worst - 1e-5
+    assert KLBall(radius).contains(solution.mixture)
+    prior, level, tau = cp.Variable(3, nonneg=True), cp.Variable(), cp.Variable(nonneg=True)
+    above, shares = cp.Variable(4), cp.Variable(4)
+    limits = [cp.sum(prior) == 1, cp.sum(shares) <= 4 * tau]
+    for d, (matrix, offset) in enumerate(
+        zip(log_probs.values(), solution.baseline.tolist(), strict=True)
+    ):
+        top = matrix.amax(dim=1, keepdim=True)
+        scaled = (matrix - top).exp().numpy()
+        loss = -cp.sum(cp.log(scaled @ prior)) / len(matrix) - float(top.mean()) - offset
+        limits += [loss - level <= above[d], cp.ExpCone(above[d], tau, shares[d])]
+    problem = cp.Problem(cp.Minimize(level + tau * radius), limits)
+    problem.solve(solver=cp.CLARABEL)
+    assert solution.value == pytest.approx(problem.value, abs=1e-6)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 
+from robustgate.game.blahut_arimoto import Ascent, ascend, nearest_to_uniform
+from robustgate.game.finite import check_rows
+from robustgate.game.mixtures import FULL_SIMPLEX, MixtureSet
 from robustgate.game.threads import one_thread
-
-_STEP_GROWTH: Final = 1.5  # the exponent of the update grows by this while the value rises
-_LOG_WEIGHT_FLOOR: Final = -690.0  # a weight of e^-690 can still come back; 0 could not
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +22,8 @@ class Capacity:
     Attributes:
         mixture: ``lambda``, ``[D]`` float64.
         lower_bound: ``JSD_lambda(p)`` of this mixture, nats; also ``value``.
-        upper_bound: ``max_d KL(p_d || p_lambda)``, nats.
+        upper_bound: ``max_{lambda' in Lambda} sum_d lambda'_d KL(p_d || p_lambda)``, nats; for the
+            whole simplex the largest of these divergences.
         iterations: Blahut-Arimoto updates made.
         converged: whether ``gap`` reached the tolerance asked for.
     """
@@ -48,19 +48,23 @@ class Capacity:
 def capacity(
     data_probs: Tensor,  # [D, X]
     *,
+    mixtures: MixtureSet = FULL_SIMPLEX,
     tol: float = 1e-6,
     max_iterations: int = 100_000,
 ) -> Capacity:
     """Return the capacity of D distributions on a finite space, by Blahut-Arimoto.
 
-        C = max_lambda JSD_lambda(p),  JSD_lambda(p) = sum_d lambda_d KL(p_d || p_lambda)
+        C = max_{lambda in Lambda} JSD_lambda(p),
+        JSD_lambda(p) = sum_d lambda_d KL(p_d || p_lambda)
 
-    Every model q, gated or not, has ``max_d KL(p_d || q) >= C``. The update
+    Every model q, gated or not, has a worst case ``max_{lambda in Lambda} sum_d lambda_d
+    KL(p_d || q)`` of at least C; for the whole simplex that is ``max_d KL(p_d || q)``. The update
     ``lambda_d <- lambda_d exp(step KL_d) / normaliser`` never lowers the value at step 1; the step
     grows while the value rises and returns to 1 when it drops.
 
     Args:
         data_probs: ``p_d(x)``, ``[D, X]`` floating point, each row sums to 1.
+        mixtures: the set Lambda; all mixtures by default.
         tol: gap to reach, in nats.
         max_iterations: updates before giving up.
 
@@ -85,10 +89,16 @@ def capacity(
         raise ValueError(f"tol: expected a positive number, got {tol}")
     if max_iterations < 1:
         raise ValueError(f"max_iterations: expected at least 1, got {max_iterations}")
-    probs = _check_rows(data_probs)
+    probs = check_rows("data_probs", data_probs, "D")
+    if probs.dim() != 2:
+        raise ValueError(
+            f"data_probs: expected shape [D, X] with D, X >= 1, got {tuple(probs.shape)}"
+        )
     with one_thread():
-        mixture, kl, iterations = _blahut_arimoto(probs, tol, max_iterations)
-    value, upper = float(mixture @ kl), float(kl.amax())
+        ascent = climb(
+            probs, torch.zeros(len(probs), dtype=probs.dtype), mixtures, tol, max_iterations
+        )
+    value, upper, iterations = float(ascent.value), float(ascent.upper), int(ascent.iterations)
     converged = upper - value <= tol
     if not converged:
         warnings.warn(
@@ -98,53 +108,23 @@ def capacity(
             stacklevel=2,
         )
     # value <= upper holds exactly; at the optimum rounding may swap two equal numbers.
-    return Capacity(mixture, min(value, upper), upper, iterations, converged)
+    return Capacity(ascent.mixture, min(value, upper), upper, iterations, converged)
 
 
-def _blahut_arimoto(
+def climb(
     probs: Tensor,  # [D, X]
+    offset: Tensor,  # [D]
+    mixtures: MixtureSet,
     tol: float,
     max_iterations: int,
-) -> tuple[Tensor, Tensor, int]:  # [D], [D]
-    """Return the mixture, ``KL(p_d || p_lambda)`` at it, and the number of updates."""
-    negative_entropy = torch.xlogy(probs, probs).sum(dim=1)  # [D]
+) -> Ascent:
+    """Maximise ``sum_d lambda_d (offset_d + KL(p_d || p_lambda))`` over the mixtures of the set."""
+    negentropy = torch.xlogy(probs, probs).sum(dim=1)  # [D]
 
-    def divergences(log_mixture: Tensor) -> tuple[Tensor, Tensor]:  # [D] -> [D], [D]
-        mixture = log_mixture.exp()
-        kl = negative_entropy - torch.xlogy(probs, mixture @ probs).sum(dim=1)
-        return mixture, kl.clamp(min=0.0)
+    def evaluate(mixture: Tensor) -> tuple[Tensor, Tensor]:  # [D] -> [D], []
+        divergence = negentropy - torch.xlogy(probs, mixture @ probs).sum(dim=1)
+        losses = offset + divergence.clamp(min=0.0)
+        return losses, mixture @ losses
 
-    log_mixture = probs.new_full((len(probs),), -math.log(len(probs)))
-    mixture, kl = divergences(log_mixture)
-    value, step, iterations = float(mixture @ kl), 1.0, 0
-    while float(kl.amax()) - value > tol and iterations < max_iterations:
-        iterations += 1
-        proposal = torch.log_softmax(log_mixture + step * kl, dim=0).clamp(min=_LOG_WEIGHT_FLOOR)
-        proposed_mixture, proposed_kl = divergences(proposal)
-        proposed_value = float(proposed_mixture @ proposed_kl)
-        if step > 1.0 and proposed_value < value:
-            step = 1.0
-            continue
-        log_mixture, mixture, kl, value = proposal, proposed_mixture, proposed_kl, proposed_value
-        step *= _STEP_GROWTH
-    return mixture, kl, iterations
-
-
-def _check_rows(data_probs: Tensor) -> Tensor:  # [D, X]
-    if not isinstance(data_probs, Tensor) or not data_probs.is_floating_point():
-        kind = data_probs.dtype if isinstance(data_probs, Tensor) else type(data_probs).__name__
-        raise TypeError(f"data_probs: expected a floating point tensor [D, X], got {kind}")
-    if data_probs.dim() != 2 or 0 in data_probs.shape:
-        raise ValueError(
-            f"data_probs: expected shape [D, X] with D, X >= 1, got {tuple(data_probs.shape)}"
-        )
-    probs = data_probs.detach().to("cpu", torch.float64)
-    total = probs.sum(dim=1)
-    valid = (probs >= 0).all(dim=1) & ((total - 1.0).abs() <= 1e-5)  # float32 rows pass
-    if not bool(valid.all()):
-        row = int((~valid).nonzero()[0])
-        raise ValueError(
-            f"data_probs, row {row}: expected non-negative entries that sum to 1, got the sum "
-            f"{float(total[row])} and the smallest entry {float(probs[row].amin())}"
-        )
-    return probs / total.unsqueeze(1)
+    start = nearest_to_uniform(mixtures, negentropy)
+    return ascend(evaluate, start, mixtures, tol, max_iterations)

@@ -40,6 +40,8 @@ class Certificate:
         losses: ``l_d(w)``, ``[D]`` float64, baseline subtracted.
         lower_bound: no prior has a smaller worst case than this (nats).
         upper_bound: the worst case of ``prior`` over all mixtures (nats).
+        prices: ``a_k``, ``[K]`` float64. ``sum_k w_k a_k = 1``; at the optimum none exceeds 1, and
+            experts in use are at 1.
     """
 
     prior: Tensor
@@ -47,6 +49,7 @@ class Certificate:
     losses: Tensor
     lower_bound: float
     upper_bound: float
+    prices: Tensor
 
     @property
     def value(self) -> float:
@@ -125,25 +128,25 @@ def certify(
             log_mix = mixture_log_prob(block, log_prior)  # [rows]
             losses[d] -= log_mix.sum() / len(matrix)
             ratios[d] += (block - log_mix.unsqueeze(1)).exp_().sum(dim=0) / len(matrix)
-    lower, upper = bounds(losses, ratios, mixture, mixtures)
-    return Certificate(prior, mixture, losses, lower, upper)
+    return Certificate(prior, mixture, losses, *two_sided(losses, ratios, mixture, mixtures))
 
 
-def bounds(
+def two_sided(
     losses: Tensor,  # [D]
     ratios: Tensor,  # [D, K]
     mixture: Tensor,  # [D]
     mixtures: MixtureSet,
-) -> tuple[float, float]:
-    """Return the lower and the upper bound of the module's first formula."""
+) -> tuple[float, float, Tensor]:  # [], [], [K]
+    """Return the lower and the upper bound and the ``a_k`` of the module's first formula."""
     upper, _ = mixtures.support(losses)
     played = mixture > 0  # a domain of weight 0 contributes 0, even where its loss is infinite
     weights = mixture[played]
+    prices = weights @ ratios[played]
     if bool(losses[played].isinf().any()):
-        return -math.inf, upper
-    lower = weights @ losses[played] - (weights @ ratios[played]).amax().log()
+        return -math.inf, upper, prices
+    lower = weights @ losses[played] - prices.amax().log()
     # lower <= upper holds exactly; at the optimum rounding may swap two equal numbers.
-    return min(float(lower), upper), upper
+    return min(float(lower), upper), upper, prices
 
 
 def check_distribution(name: str, weights: Tensor, size: int) -> Tensor:

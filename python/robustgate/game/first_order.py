@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from robustgate.game.certificate import Certificate, bounds
+from robustgate.game.certificate import Certificate, two_sided
 from robustgate.game.likelihoods import DocumentLikelihoods
 from robustgate.game.mixtures import MixtureSet
 
@@ -43,6 +43,6 @@ def first_order(
     while True:
         losses, ratios, _ = likelihoods.moments(prior)
         mixture = mixtures.mirror_step(mixture, losses, step)
-        yield Certificate(prior, mixture, losses, *bounds(losses, ratios, mixture, mixtures))
+        yield Certificate(prior, mixture, losses, *two_sided(losses, ratios, mixture, mixtures))
         prior = prior * (mixture @ ratios)  # sums to 1: sum_k w_k A_dk = 1 for every d
         prior = prior / prior.sum()

@@ -1,17 +1,24 @@
-"""Gates: modules that turn what the experts said so far into weights for what comes next."""
+"""Gates: modules that turn what is known of a document into weights for the experts.
+
+A gate is any ``nn.Module`` whose ``forward`` takes one tensor ``[..., F]`` and returns normalised
+log-weights ``[..., K]``, one row for each leading index. What the F numbers are is the gate's own
+affair: nothing (``ConstantGate``), features or token ids of a document (``SequenceGate``), or
+the experts' log-probabilities of the tokens of a document, ``[..., T, K]``, and then row t depends
+on the tokens before t alone (:class:`BayesGate`, ``TokenGate``). Training, sampling and
+distillation take every module of this signature.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from robustgate.game.certificate import check_distribution
+from robustgate.game.evidence import document_starts, evidence_before, evidence_in_window
 from robustgate.ops.mixture_log_prob import mixture_log_prob
-
-_CHUNK: Final = 16  # tokens summed one after the other; chunks are then joined by doubling
 
 
 class BayesGate(nn.Module):
@@ -34,9 +41,21 @@ class BayesGate(nn.Module):
     Args:
         prior: ``[K]``, non-negative, sums to 1.
 
+    Other:
+        share: ``alpha`` in [0, 1) of fixed-share: after each token the weights become
+            ``(1 - alpha) posterior + alpha prior``, so that a lost expert comes back when the
+            document changes its topic. 0 is Bayes, bitwise.
+        power: ``eta > 0``, the power of the likelihood: ``w_k e^{eta sum l_k}``. 1 is Bayes,
+            bitwise; any other carries no regret bound.
+        window: only the last ``window`` tokens count. A window no shorter than the document is
+            Bayes, bitwise where no log-probability is ``-inf`` and to 1e-12 there. No regret bound.
+        top_k: keep the ``top_k`` largest weights and renormalise them; the posterior behind them
+            goes on over all experts. K is Bayes, bitwise. No regret bound.
+
     Raises:
         TypeError: ``prior`` is not a tensor.
-        ValueError: ``prior`` is not a distribution ``[K]``.
+        ValueError: ``prior`` is not a distribution ``[K]``, an option out of range, or ``share``
+            together with ``window``.
 
     Example:
         >>> import torch
@@ -48,7 +67,7 @@ class BayesGate(nn.Module):
         >>> round(float(gate.log_prob(token_probs.log()).sum().exp()), 4)  # (.9 * .8 + .1 * .4) / 2
         0.38
 
-    Source: docs/theory.md, "The Bayes gate".
+    Source: docs/theory.md, "The Bayes gate"; fixed-share: Herbster and Warmuth (1998).
     """
 
     log_prior: Tensor
@@ -56,11 +75,25 @@ class BayesGate(nn.Module):
     def __init__(
         self,
         prior: Tensor,  # [K]
+        *,
+        share: float = 0.0,
+        power: float = 1.0,
+        window: int | None = None,
+        top_k: int | None = None,
     ) -> None:
         """Keep ``log prior`` as a float64 buffer."""
         super().__init__()
         size = prior.numel() if isinstance(prior, Tensor) else 0
         self.register_buffer("log_prior", check_distribution("prior", prior, size).log())
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"share: expected a number in [0, 1), got {share}")
+        if not 0.0 < power < math.inf:
+            raise ValueError(f"power: expected a positive number, got {power}")
+        if window is not None and (window < 1 or share > 0.0):
+            raise ValueError(f"window: expected at least 1 and no share, got {window}, {share=}")
+        if top_k is not None and not 1 <= top_k <= size:
+            raise ValueError(f"top_k: expected 1 to {size}, got {top_k}")
+        self.share, self.power, self.window, self.top_k = share, power, window, top_k
 
     def forward(
         self,
@@ -76,7 +109,8 @@ class BayesGate(nn.Module):
                 leading index is a document of its own.
             offsets: packs many documents in one ``log_probs`` of shape ``[T, K]``: document i is
                 ``log_probs[offsets[i] : offsets[i + 1]]``, and each starts from the prior.
-            mask: boolean or 0/1, true for real tokens; the others, anywhere, count for nothing.
+            mask: boolean or 0/1, true for real tokens; the others, anywhere, count for nothing
+                (but take up places in a ``window``).
 
         Returns:
             ``[..., T, K]`` float64.
@@ -86,20 +120,13 @@ class BayesGate(nn.Module):
             ValueError: shapes that do not fit, or offsets that do not run from 0 to T.
         """
         self._check(log_probs, mask)
-        experts = len(self.log_prior)
-        evidence = log_probs.to(torch.float64)
-        if mask is not None:
-            evidence = evidence.masked_fill(~mask.bool().unsqueeze(-1), 0.0)
-        flat = evidence.reshape(-1, experts)  # [N, K]; N = all tokens of all rows
-        starts = _document_starts(log_probs, offsets)  # [N]
-        while True:
-            weights = self.log_prior + _evidence_before(flat, starts)  # [N, K]
-            impossible = weights.amax(dim=-1) == -torch.inf  # [N]
-            if not bool(impossible.any()):
-                break
-            follows = torch.nn.functional.pad(impossible[:-1], (1, 0))
-            starts = starts | (impossible & ~follows)  # start again from the prior
-        return torch.log_softmax(weights, dim=-1).reshape(log_probs.shape)
+        real = None if mask is None else mask.bool().reshape(-1, 1)  # [N, 1]; N tokens of all rows
+        flat = log_probs.to(torch.float64).reshape(-1, len(self.log_prior))  # [N, K]
+        if real is not None:
+            flat = flat.masked_fill(~real, 0.0)
+        starts = document_starts(log_probs, offsets)  # [N]
+        states = self._recursion(flat, starts, real) if self.share else self._sums(flat, starts)
+        return self.weights(states).reshape(log_probs.shape)
 
     def log_prob(
         self,
@@ -113,7 +140,8 @@ class BayesGate(nn.Module):
         Args and errors as in :meth:`forward`; masked tokens get 0.
 
         Returns:
-            ``[..., T]`` float64. Over a document they sum to ``log sum_k w_k e^{L_k}``.
+            ``[..., T]`` float64. Over a document they sum to ``log sum_k w_k e^{L_k}``, if no
+            option was given.
         """
         weights = self(log_probs, offsets=offsets, mask=mask)
         out = mixture_log_prob(log_probs.to(torch.float64), weights)
@@ -124,20 +152,97 @@ class BayesGate(nn.Module):
         log_weights: Tensor,  # [..., K]
         log_probs: Tensor,  # [..., K]
     ) -> Tensor:  # [..., K]
-        """Return the log-weights after one more token: the decoding form of :meth:`forward`.
+        """Return the state after one more token: the decoding form of :meth:`forward`.
 
-        The state is the log-weights themselves; decoding starts from ``gate.log_prior``.
+        The state is the log-weights of all experts; decoding starts from ``gate.log_prior``.
+        :meth:`weights` of the state are those in force, the same unless ``top_k`` is set.
 
         Args:
             log_weights: normalised, in force before the token, ``[..., K]``.
-            log_probs: ``l_k`` of the token, ``[..., K]``; 0 for every expert leaves a row as it is.
+            log_probs: ``l_k`` of the token, ``[..., K]``; 0 for every expert leaves a row as it is
+                (unless ``share`` is set).
 
         Returns:
             ``[..., K]`` float64, normalised.
+
+        Raises:
+            ValueError: a gate with a ``window``, whose state is the window itself.
         """
-        weights = log_weights.to(torch.float64) + log_probs
+        if self.window is not None:
+            raise ValueError("step: a gate with a window has no such state; use forward")
+        weights = log_weights.to(torch.float64) + self.power * log_probs
         total = torch.logsumexp(weights, dim=-1, keepdim=True)
-        return torch.where(total == -torch.inf, self.log_prior, weights - total)
+        posterior = torch.where(total == -torch.inf, self.log_prior, weights - total)
+        if self.share == 0.0:
+            return posterior
+        shared = self.log_prior + math.log(self.share)
+        return torch.logaddexp(posterior + math.log1p(-self.share), shared)
+
+    def weights(
+        self,
+        log_weights: Tensor,  # [..., K]
+    ) -> Tensor:  # [..., K]
+        """Return the weights in force in a state of :meth:`step`: its ``top_k``, renormalised."""
+        if self.top_k is None or self.top_k == len(self.log_prior):
+            return log_weights
+        values, kept = log_weights.topk(self.top_k, dim=-1)
+        dropped = torch.full_like(log_weights, -torch.inf)
+        return dropped.scatter(-1, kept, torch.log_softmax(values, dim=-1))
+
+    def regret_bound(self, tokens: int) -> Tensor:  # [K]
+        """Return the most nats by which any document of ``tokens`` can regret each expert.
+
+            -log w_k - (T - 1) log(1 - alpha)
+
+        Raises:
+            ValueError: ``power``, ``window`` or ``top_k`` is set, which leaves no bound.
+        """
+        if self.power != 1.0 or self.window is not None or self.top_k is not None:
+            raise ValueError("regret_bound: holds for Bayes and fixed-share gates alone")
+        return -self.log_prior - max(0, tokens - 1) * math.log1p(-self.share)
+
+    def _sums(
+        self,
+        log_probs: Tensor,  # [N, K]
+        starts: Tensor,  # bool [N]
+    ) -> Tensor:  # [N, K]
+        """Return the states before all tokens from sums of evidence, all at once."""
+        while True:
+            evidence = (
+                evidence_before(self.power * log_probs, starts)
+                if self.window is None
+                else evidence_in_window(self.power * log_probs, starts, self.window)
+            )
+            states = self.log_prior + evidence  # [N, K]
+            impossible = states.amax(dim=-1) == -torch.inf  # [N]
+            if not bool(impossible.any()):
+                return torch.log_softmax(states, dim=-1)
+            follows = torch.nn.functional.pad(impossible[:-1], (1, 0))
+            starts = starts | (impossible & ~follows)  # start again from the prior
+
+    def _recursion(
+        self,
+        log_probs: Tensor,  # [N, K]
+        starts: Tensor,  # bool [N]
+        real: Tensor | None,  # bool [N, 1]
+    ) -> Tensor:  # [N, K]
+        """Return the states before all tokens by :meth:`step`, all documents abreast."""
+        first = starts.nonzero().flatten()  # [n]
+        lengths = torch.diff(first, append=first.new_tensor([len(starts)]))  # [n]
+        order = lengths.argsort(descending=True)
+        first, lengths = first[order], lengths[order]
+        state = self.log_prior.expand(len(first), -1)
+        rows, states = [], []
+        for position in range(int(lengths[0]) if len(lengths) else 0):
+            row = first[: int((lengths > position).sum())] + position  # documents still going
+            state = state[: len(row)]
+            rows.append(row)
+            states.append(state)
+            after = self.step(state, log_probs[row])
+            state = after if real is None else torch.where(real[row], after, state)
+        if not rows:
+            return log_probs
+        return torch.empty_like(log_probs).index_copy(0, torch.cat(rows), torch.cat(states))
 
     def _check(self, log_probs: Tensor, mask: Tensor | None) -> None:
         experts = len(self.log_prior)
@@ -158,91 +263,3 @@ class BayesGate(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.log_prior = log_prior.to(self.log_prior.device)  # moved, never rounded
         return self
-
-
-def _document_starts(log_probs: Tensor, offsets: Tensor | None) -> Tensor:  # bool [N]
-    """Mark the first token of every document among all N tokens."""
-    tokens = log_probs.shape[:-1].numel()
-    starts = torch.zeros(tokens, dtype=torch.bool, device=log_probs.device)
-    if offsets is None:
-        starts[:: max(1, log_probs.shape[-2])] = True
-        return starts
-    offsets = offsets.to(log_probs.device)
-    if log_probs.dim() != 2:
-        raise ValueError(
-            f"log_probs: expected shape [T, K] with offsets, got {tuple(log_probs.shape)}"
-        )
-    if (
-        offsets.dim() != 1
-        or len(offsets) == 0
-        or int(offsets[0]) != 0
-        or int(offsets[-1]) != tokens
-        or bool((offsets[1:] < offsets[:-1]).any())
-    ):
-        raise ValueError(
-            f"offsets: expected [n + 1] non-decreasing from 0 to {tokens}, "
-            f"got {tuple(offsets.shape)} with ends {offsets[:1].tolist()} and "
-            f"{offsets[-1:].tolist()}"
-        )
-    first = offsets[:-1]
-    starts[first[first < tokens]] = True  # an empty document at the end starts nowhere
-    return starts
-
-
-def _centred(log_values: Tensor) -> Tensor:  # [N, K]
-    """Subtract each row's largest entry; a row of -inf stays -inf."""
-    top = log_values.amax(dim=1, keepdim=True)
-    return log_values - top.clamp(min=torch.finfo(log_values.dtype).min)  # -inf - -inf is NaN
-
-
-def _position(starts: Tensor) -> Tensor:  # bool [N] -> int64 [N]
-    """Return each entry's distance from the last start at or before it."""
-    index = torch.arange(len(starts), device=starts.device)
-    return index - torch.where(starts, index, 0).cummax(dim=0).values
-
-
-def _evidence_before(
-    log_probs: Tensor,  # [N, K]
-    starts: Tensor,  # bool [N]
-) -> Tensor:  # [N, K]
-    """Return ``sum_{s<t} l_k(s)`` within each document, up to a constant shared by the experts.
-
-    Documents are cut in chunks. Sums run token by token inside a chunk, and the chunks' totals are
-    joined by doubling. Everything is centred on the best expert, so that numbers keep the size of
-    the log-odds, not of the document's log-probability: that holds the error near 1e-13 however
-    long the document. The additions behind a token's sum depend on its position in its own
-    document alone, so results are bitwise the same alone, in a batch or packed.
-    """
-    experts = log_probs.shape[1]
-    position = _position(starts)  # [N]
-    opens = position % _CHUNK == 0  # the first token of each of M chunks
-    chunk = opens.cumsum(dim=0) - 1  # [N]
-    slot = chunk * _CHUNK + position % _CHUNK  # [N], the token's row in the padded layout
-    chunks = int(opens.sum())
-    padded = log_probs.new_zeros(chunks * _CHUNK, experts).index_copy(0, slot, _centred(log_probs))
-    sums = padded.view(chunks, _CHUNK, experts).cumsum(dim=1)  # [M, chunk, K]
-    carried = _totals_before(sums[:, -1], starts[opens]).unsqueeze(1)  # [M, 1, K]
-    before = torch.cat([carried, carried + sums[:, :-1]], dim=1)  # [M, chunk, K]
-    return before.view(-1, experts).index_select(0, slot)
-
-
-def _totals_before(
-    totals: Tensor,  # [M, K]
-    starts: Tensor,  # bool [M]
-) -> Tensor:  # [M, K]
-    """Return the sum of all earlier rows of the same document, up to a constant per row.
-
-    By doubling: after round r a row holds the sum over the 2^r rows before it.
-    """
-    position = _position(starts)  # [M]
-    longest = int(position.amax()) if len(starts) else 0
-    before = torch.nn.functional.pad(totals[:-1], (0, 0, 1, 0))
-    before = before.masked_fill(starts.unsqueeze(1), 0.0)
-    shift = 1
-    while shift <= longest:
-        before = _centred(before)
-        inside = (position[shift:] >= shift).unsqueeze(1)
-        earlier = torch.where(inside, before[:-shift], 0.0)
-        before = torch.cat([before[:shift], before[shift:] + earlier])
-        shift *= 2
-    return _centred(before)  # also where a longer neighbour asked for more rounds

@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from robustgate.game.certificate import Certificate, bounds
+from robustgate.game.certificate import Certificate, two_sided
 from robustgate.game.likelihoods import DocumentLikelihoods, Moments
 from robustgate.game.mixtures import MixtureSet
 
@@ -94,9 +94,9 @@ def _fixed_candidates(
     point = _start(prior, candidates @ moments.losses)
     while True:
         mixture = point.weight @ candidates / point.weight.sum()  # [D]
-        lower, upper = bounds(moments.losses, moments.ratios, mixture, mixtures)
-        yield Certificate(point.prior, mixture, moments.losses, lower, upper)
-        if float((candidates @ moments.losses).amax()) - lower <= tol:
+        proof = two_sided(moments.losses, moments.ratios, mixture, mixtures)
+        yield Certificate(point.prior, mixture, moments.losses, *proof)
+        if float((candidates @ moments.losses).amax()) - proof[0] <= tol:
             return
         moved = _newton_step(point, moments, candidates, floor)
         if moved is None:

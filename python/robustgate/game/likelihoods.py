@@ -5,7 +5,7 @@ Shape letters: D domains, K experts, ``n_d`` documents of domain d.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -92,8 +92,9 @@ def baseline_values(log_probs: Mapping[str, Tensor], baseline: Baseline) -> Tens
 
     Args:
         log_probs: checked log-probabilities, ``[n_d, K]`` for each domain.
-        baseline: ``"excess"`` for the mean NLL of the best single expert on each domain, ``"raw"``
-            for 0, a mapping from every domain name to a number, or a tensor ``[D]``.
+        baseline: ``"excess"`` for the mean NLL of the best single expert on each domain,
+            ``"hindsight"`` for that of the best expert of each document, ``"raw"`` for 0, a mapping
+            from every domain name to a number, or a tensor ``[D]``.
 
     Raises:
         TypeError: ``baseline`` is none of these.
@@ -104,8 +105,12 @@ def baseline_values(log_probs: Mapping[str, Tensor], baseline: Baseline) -> Tens
     if isinstance(baseline, str):
         if baseline == "raw":
             return torch.zeros(len(names), dtype=torch.float64)
+        if baseline == "hindsight":
+            return torch.stack([-matrix.amax(dim=1).mean() for matrix in log_probs.values()])
         if baseline != "excess":
-            raise ValueError(f'baseline: expected "excess", "raw" or numbers, got {baseline!r}')
+            raise ValueError(
+                f'baseline: expected "excess", "hindsight", "raw" or numbers, got {baseline!r}'
+            )
         best = torch.stack([-matrix.mean(dim=0).amax() for matrix in log_probs.values()])  # [D]
         if bool(best.isinf().any()):
             name = names[int(best.isinf().nonzero()[0])]
@@ -124,7 +129,7 @@ def baseline_values(log_probs: Mapping[str, Tensor], baseline: Baseline) -> Tens
             raise ValueError(f"baseline: expected shape [{len(names)}], got {tuple(values.shape)}")
     else:
         raise TypeError(
-            f'baseline: expected "excess", "raw", a mapping or a tensor [D], '
+            f'baseline: expected "excess", "hindsight", "raw", a mapping or a tensor [D], '
             f"got {type(baseline).__name__}"
         )
     if not bool(values.isfinite().all()):
@@ -141,20 +146,26 @@ class DocumentLikelihoods:
     Args:
         log_probs: checked log-probabilities, ``[n_d, K]`` for each domain.
         baseline: ``[D]`` float64.
+        weights: for each domain, ``[n_d]`` float64 probabilities of its documents; equal if absent.
     """
 
     def __init__(
         self,
         log_probs: Mapping[str, Tensor],  # D x [n_d, K]
         baseline: Tensor,  # [D]
+        weights: Sequence[Tensor] | None = None,  # D x [n_d]
     ) -> None:
         """Exponentiate once; the passes reuse it."""
+        if weights is None:
+            sizes = [len(matrix) for matrix in log_probs.values()]
+            weights = [torch.full((n,), 1.0 / n, dtype=torch.float64) for n in sizes]
+        self._weights = weights
         self._scaled: list[Tensor] = []  # D x [n_d, K]
         offsets = []
-        for matrix in log_probs.values():
-            top = matrix.amax(dim=1, keepdim=True)  # [n_d, 1]
-            self._scaled.append((matrix - top).exp_())
-            offsets.append(-top.mean())
+        for matrix, weight in zip(log_probs.values(), weights, strict=True):
+            top = matrix.amax(dim=1)  # [n_d]
+            self._scaled.append((matrix - top.unsqueeze(1)).exp_())
+            offsets.append(-(weight @ top))
         self._offset = torch.stack(offsets) - baseline  # [D]
         self.domains = len(self._scaled)
         self.experts = self._scaled[0].shape[1]
@@ -167,14 +178,11 @@ class DocumentLikelihoods:
         losses = self._offset.clone()  # [D]
         gram = prior.new_zeros(self.domains, self.experts, self.experts)  # [D, K, K]
         rows = max(1, BLOCK_ELEMENTS // self.experts)
-        for d, scaled in enumerate(self._scaled):
-            mixed = []
-            for block in scaled.split(rows):  # [rows, K]
+        for d, (scaled, weights) in enumerate(zip(self._scaled, self._weights, strict=True)):
+            for block, weight in zip(scaled.split(rows), weights.split(rows), strict=True):
                 mix = block @ prior  # [rows]
-                rho = block / mix.unsqueeze(1)  # [rows, K]
+                rho = block * (weight.sqrt() / mix).unsqueeze(1)  # [rows, K], root of the weight in
                 gram[d].addmm_(rho.T, rho)
-                mixed.append(mix)
-            losses[d] -= torch.cat(mixed).log_().mean()
-            gram[d] /= len(scaled)
+                losses[d] -= weight @ mix.log_()
         # sum_k w_k rho_k = 1 for every document, so the gradients are the Gram matrices times w.
         return Moments(losses, gram @ prior, gram)

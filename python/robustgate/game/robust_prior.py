@@ -52,6 +52,7 @@ class RobustPrior(Certificate):
         losses: ``l_d(w)``, ``[D]`` float64, baseline subtracted.
         lower_bound: no prior has a smaller worst case than this (nats).
         upper_bound: the worst case of ``prior`` over all mixtures (nats); also ``value``.
+        prices: ``a_k``, ``[K]`` float64, see :class:`Certificate`.
         domains: names, in the order of ``mixture``, ``losses`` and ``baseline``.
         baseline: ``b_d``, ``[D]`` float64.
         trajectory: the certificate after each pass over the data.
@@ -117,8 +118,9 @@ def robust_prior(
             documents (total log-probability, not per token). ``-inf`` is allowed where some other
             expert is finite.
         baseline: ``b_d``. ``"excess"`` (default) is the best single expert's mean NLL on d, so that
-            long or hard domains do not dominate; ``"raw"`` is 0; or numbers, as a mapping from
-            every domain to a float or a tensor ``[D]``.
+            long or hard domains do not dominate; ``"hindsight"`` the mean NLL of the best expert of
+            every single document; ``"raw"`` is 0; or numbers, as a mapping from every domain to a
+            float or a tensor ``[D]``.
         mixtures: the set Lambda the adversary chooses from; the whole simplex by default.
         tol: certified gap to reach, in nats.
         method: ``"interior-point"``, or ``"first-order"`` (exponentiated gradient and EM), slower
@@ -157,7 +159,7 @@ def robust_prior(
     with one_thread():
         checked = check_log_probs(log_probs)
         offset = baseline_values(checked, baseline)
-        trajectory = _solve(DocumentLikelihoods(checked, offset), mixtures, tol / 2, method, passes)
+        trajectory = play(DocumentLikelihoods(checked, offset), mixtures, tol / 2, method, passes)
         best = min(trajectory, key=lambda iterate: iterate.gap)
         # Computed afresh; half of tol was left for the difference in rounding.
         proof = certify(checked, offset, best.prior, best.mixture, mixtures)
@@ -174,6 +176,7 @@ def robust_prior(
         losses=proof.losses,
         lower_bound=proof.lower_bound,
         upper_bound=proof.upper_bound,
+        prices=proof.prices,
         domains=tuple(checked),
         baseline=offset,
         trajectory=tuple(trajectory),
@@ -181,13 +184,14 @@ def robust_prior(
     )
 
 
-def _solve(
+def play(
     likelihoods: DocumentLikelihoods,
     mixtures: MixtureSet,
     tol: float,
     method: Method,
     passes: int,
 ) -> list[Certificate]:
+    """Run a solver to a gap of ``tol`` or for so many passes; return a certificate for each."""
     solver = (
         interior_point(likelihoods, mixtures, tol)
         if method == "interior-point"
