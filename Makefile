@@ -1,5 +1,6 @@
 # make demo   train, combine and judge small experts on this machine (about three minutes)
 # make test   the whole test suite
+# make ptxas  registers and spills of the CUDA kernels, for each architecture (needs nvcc)
 # make lint   every check that reads code: ruff, clang-format, mypy --strict
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,13 +13,16 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt README.md \
            $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so')
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint clean
+.PHONY: demo test ptxas lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/robustgate demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+ptxas:
+	$(PYTHON) benchmarks/cuda_resources.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

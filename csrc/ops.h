@@ -56,6 +56,14 @@ struct ExpertLogProbBackward {
   const int64_t* padded_vocab;   // [K]  columns of each gradient
 };
 
+// expert_log_prob, then nll[n] = -log sum_k softmax(a_n)_k exp(l[n, k]), 0 on ignored rows.
+struct MixtureNLL {
+  ExpertLogProb experts;
+  const void* gate_logits;  // [N, K], or [K] with gate_stride 0
+  int64_t gate_stride;
+  void* nll;  // [N]  out
+};
+
 // out[n] = sign * log sum_k softmax(a_n)_k exp(l[n, k]); 0 where target says the row is ignored.
 struct MixtureLogProb {
   int64_t rows, experts;
@@ -155,18 +163,26 @@ struct MixtureLogSoftmaxBackward {
   const int64_t* padded_vocab;   // [K]
 };
 
+// The second half of a mixture NLL.
+inline MixtureLogProb of_target(const MixtureNLL& op) {
+  const LogitsSpec& spec = op.experts.spec;
+  const DType statistics = spec.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  return {spec.rows,      spec.experts,   statistics,        op.experts.log_prob,
+          op.gate_logits, op.gate_stride, op.experts.target, spec.ignore_index,
+          -1.0,           op.nll};
+}
+
 constexpr int64_t kAllTargetsValid = -1;
 
 namespace cpu {
 
-// Return the first row whose target is out of range, or kAllTargetsValid.
+// The two that return a number return the first row whose target is out of range, or
+// kAllTargetsValid.
 int64_t expert_log_prob(const ExpertLogProb& op, int threads);
 void expert_log_prob_backward(const ExpertLogProbBackward& op, int threads);
 void mixture_log_prob(const MixtureLogProb& op, int threads);
-// expert_log_prob, then nll[n] = -mixture_log_prob, 0 on ignored rows.
-int64_t mixture_nll(const ExpertLogProb& experts, const void* gate_logits, int64_t gate_stride,
-                    void* nll, int threads);
 void mixture_log_prob_backward(const MixtureLogProbBackward& op, int threads);
+int64_t mixture_nll(const MixtureNLL& op, int threads);
 void jsd(const JSD& op, int threads);
 void jsd_backward(const JSDBackward& op, int threads);
 void mixture_kl(const MixtureKL& op, int threads);
@@ -179,18 +195,30 @@ const char* instruction_set();
 
 }  // namespace cpu
 
-#ifdef ROBUSTGATE_WITH_CUDA
-namespace cuda {
+namespace cuda {  // there where the build has CUDA
 
-// Launch on `stream` of `device`; return null, or the text of the launch error.
-// A target out of range gives NaN in its row.
+// Launch on `stream` of `device`; return null, or what is wrong with the arguments or the launch.
+// A target out of range gives NaN in its row and reads nothing. Logits are of 16 or 32 bits.
 const char* expert_log_prob(const ExpertLogProb& op, int device, void* stream);
+const char* expert_log_prob_backward(const ExpertLogProbBackward& op, int device, void* stream);
+const char* mixture_log_prob(const MixtureLogProb& op, int device, void* stream);
+const char* mixture_log_prob_backward(const MixtureLogProbBackward& op, int device, void* stream);
+const char* mixture_nll(const MixtureNLL& op, int device, void* stream);
+const char* jsd(const JSD& op, int device, void* stream);
+const char* jsd_backward(const JSDBackward& op, int device, void* stream);
+const char* mixture_kl(const MixtureKL& op, int device, void* stream);
+const char* mixture_kl_backward(const MixtureKLBackward& op, int device, void* stream);
+const char* mixture_log_softmax(const MixtureLogSoftmax& op, int device, void* stream);
+const char* mixture_log_softmax_backward(const MixtureLogSoftmaxBackward& op, int device,
+                                         void* stream);
+
+// Experts an op that compares experts takes on CUDA; the others take any number.
+constexpr int64_t kMaxExperts = 32;
 
 // Null when kernels of this build can run on `device`, else the reason why not.
 const char* why_unusable(int device);
 int compiled_version();
 
 }  // namespace cuda
-#endif
 
 }  // namespace robustgate

@@ -4,6 +4,7 @@ The truth is torch in float64 on the same rounded inputs, through autograd, writ
 time and independently of robustgate.ops.reference and robustgate.ops.divergence_reference.
 """
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from robustgate.ops.library import serving
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # What runs on a CPU; test_instruction_sets.py reruns "native" for each instruction set.
-BACKENDS = ["native", "eager"]
+BACKENDS = os.environ.get("ROBUSTGATE_TEST_BACKENDS", "native,eager").split(",")
 
 
 @contextmanager
@@ -55,6 +56,10 @@ class Case:
             self.target,
             self.vocab_size,
         )
+
+    def to(self, device: str) -> "Case":
+        moved = [z.to(device) for z in self.logits]
+        return Case(moved, self.gate.to(device), self.target.to(device), self.vocab_size)
 
     def double(self) -> "Case":
         return Case(

@@ -40,16 +40,23 @@ class Problem:
 
 
 def problem(
-    name: str, shape=(4,), experts=3, vocab=20, dtype=torch.float32, seed=0, shared_gate=False
+    name: str,
+    shape=(4,),
+    experts=3,
+    vocab=20,
+    dtype=torch.float32,
+    seed=0,
+    shared_gate=False,
+    device="cpu",
 ) -> Problem:
-    """Return the op called ``name`` on random inputs."""
+    """Return the op called ``name`` on random inputs, the same on every device."""
     if name == "generalized_jsd":
         experts = 2
-    case = make(shape, experts, vocab, dtype, seed=seed)
+    case = make(shape, experts, vocab, dtype, seed=seed).to(device)
     gate = case.gate.to(torch.float64 if dtype == torch.float64 else torch.float32)
     if shared_gate:
-        gate = torch.linspace(-0.5, 0.5, experts, dtype=gate.dtype)
-    teacher = torch.linspace(1, -1, experts, dtype=gate.dtype)
+        gate = torch.linspace(-0.5, 0.5, experts, dtype=gate.dtype, device=device)
+    teacher = torch.linspace(1, -1, experts, dtype=gate.dtype, device=device)
     target, per_row = case.target, {"reduction": "none"}
 
     def expert_log_prob(*z, **options):
@@ -100,5 +107,6 @@ def problem(
     rows = case.logits
     if tensors is None:
         heads = make_heads(shape, range(8, 8 + 4 * experts, 4), vocab, dtype, seed=seed)
-        tensors, rows = [gate, *(x for kind in heads for x in kind)], heads[0]
+        tensors = [gate, *(x.to(device) for kind in heads for x in kind)]
+        rows = tensors[1 : 1 + experts]
     return Problem(call, tensors, target, rows, RAW_OPS[name])

@@ -7,19 +7,7 @@
 // arXiv 1805.02867). NaN in any value makes the sum NaN.
 #pragma once
 
-#include <math.h>
-
-#ifdef __CUDACC__
-#define RG_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define RG_HOST_DEVICE inline
-#endif
-
-// Files compiled once per instruction set put their copy in a namespace of its own: a linker that
-// merged the copies would hand AVX-512 code to every processor.
-#ifndef RG_ISA
-#define RG_ISA generic
-#endif
+#include "common/host_device.h"
 
 namespace robustgate {
 namespace RG_ISA {
@@ -35,9 +23,14 @@ struct OnlineSoftmax {
 
   // (m, s) + (m', s') = (M, s 2^(scale (m - M)) + s' 2^(scale (m' - M))),  M = max(m, m').
   RG_HOST_DEVICE void merge(OnlineSoftmax other, T scale) {
-    if (other.max == -(T)INFINITY) return;
+    // A maximum of -inf comes with a sum of 0, or of NaN, which has to stay.
+    if (other.max == -(T)INFINITY) {
+      sum += other.sum;
+      return;
+    }
     if (max == -(T)INFINITY) {
-      *this = other;
+      max = other.max;
+      sum += other.sum;
       return;
     }
     // With a NaN on either side the comparison is false, the shift NaN, and the sum stays NaN.

@@ -11,14 +11,11 @@
 // Expert 0 is the one the op names (of the largest weight); `order` maps to the caller's experts.
 #pragma once
 
+#include "common/thresholds.h"
 #include "cpu/log_sum_exp.h"
 
 namespace robustgate {
 namespace RG_ISA {
-
-constexpr float kImpossible = -1048576.0f;  // nats
-constexpr float kFar = 20.0f;               // nats above expert 0, where e^d_k is left
-constexpr float kLn2 = 0.693147181f;
 
 // Softmax of K gate logits; NaN for NaN, +inf or nothing but -inf.
 inline void softmax(const float* logits, int64_t count, double* out) {

@@ -167,16 +167,9 @@ void mixture_log_prob(const MixtureLogProb& op, int threads) {
                  [&](int64_t begin, int64_t end) { kernels().mixture_log_prob(op, begin, end); });
 }
 
-int64_t mixture_nll(const ExpertLogProb& op, const void* gate_logits, int64_t gate_stride,
-                    void* nll, int threads) {
-  const int64_t bad = expert_log_prob(op, threads);
-  const LogitsSpec& spec = op.spec;
-  const DType statistics = spec.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  if (bad == kAllTargetsValid) {
-    mixture_log_prob({spec.rows, spec.experts, statistics, op.log_prob, gate_logits, gate_stride,
-                      op.target, spec.ignore_index, -1.0, nll},
-                     threads);
-  }
+int64_t mixture_nll(const MixtureNLL& op, int threads) {
+  const int64_t bad = expert_log_prob(op.experts, threads);
+  if (bad == kAllTargetsValid) mixture_log_prob(of_target(op), threads);
   return bad;
 }
 

@@ -17,12 +17,6 @@ struct RowGrad {
   double lse;
 };
 
-// log_prob (1 - p_y) + lse p_y, without cancellation.
-inline double target_gradient(double log_p, RowGrad grad) {
-  const double of_lse = grad.lse == 0 ? 0.0 : grad.lse * ::exp(log_p);
-  return of_lse - (grad.log_prob == 0 ? 0.0 : grad.log_prob * expm1(log_p));
-}
-
 // dz[v] = (lse - log_prob) p_v (dz'/dz) for every column, then the target column.
 template <DType D, bool kCap>
 void row_backward(const typename Loader<D>::Element* z, typename Loader<D>::Element* dz,
@@ -56,9 +50,9 @@ void row_backward(const typename Loader<D>::Element* z, typename Loader<D>::Elem
 
   const double zy = Loader<D>::to_float(z[target]);
   const double th = kCap ? ::tanh(zy / spec.softcap) : 0.0;
-  dz[target] =
-      Loader<D>::from_float((float)(target_gradient(effective_logit(zy, spec) - lse, grad) *
-                                    (1.0 - th * th) / spec.temperature));
+  dz[target] = Loader<D>::from_float(
+      (float)(target_gradient(effective_logit(zy, spec) - lse, grad.log_prob, grad.lse) *
+              (1.0 - th * th) / spec.temperature));
 }
 
 void row_backward(const double* z, double* dz, int64_t target, double lse, RowGrad grad,
@@ -66,8 +60,8 @@ void row_backward(const double* z, double* dz, int64_t target, double lse, RowGr
   for (int64_t v = 0; v < spec.vocab; ++v) {
     const double th = spec.softcap > 0 ? ::tanh(z[v] / spec.softcap) : 0.0;
     const double log_p = effective_logit(z[v], spec) - lse;
-    const double effective =
-        v == target ? target_gradient(log_p, grad) : (grad.lse - grad.log_prob) * ::exp(log_p);
+    const double effective = v == target ? target_gradient(log_p, grad.log_prob, grad.lse)
+                                         : (grad.lse - grad.log_prob) * ::exp(log_p);
     dz[v] = effective * (1.0 - th * th) / spec.temperature;
   }
 }

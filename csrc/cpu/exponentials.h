@@ -12,12 +12,7 @@
 namespace robustgate {
 namespace RG_ISA {
 
-constexpr float kApart = 0.03125f;  // nats; below it columns are compared one by one
-constexpr float kSmallestWeight = 1e-6f;
-constexpr float kTiny = 1.17549435e-38f;    // smallest normal number
 constexpr float kLowestExponent = -200.0f;  // of two; 2^-200 is 0
-
-constexpr float kSmallestMixture = 7.88860905e-31f;  // 2^-100: no part of it has underflowed
 
 // Columns in a scratch row: whole steps of sum_exp2.
 inline int64_t scratch_stride(int64_t vocab) {

@@ -11,9 +11,9 @@
 // same way at every addition.
 #pragma once
 
+#include "common/exponent.h"
 #include "common/online_softmax.h"
 #include "cpu/simd.h"
-#include "ops.h"
 
 namespace robustgate {
 namespace RG_ISA {
@@ -22,7 +22,6 @@ constexpr int64_t kReferenceColumns = 512;
 constexpr int64_t kAddsPerFloatSum = 16;
 constexpr int kUnroll = 4;  // vectors in flight
 constexpr int64_t kColumnsPerFloatSum = kAddsPerFloatSum * kUnroll * kLanes;
-constexpr double kLog2EDouble = 1.4426950408889634;
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 constexpr bool kFusedMultiplyAdd = true;
@@ -33,29 +32,9 @@ constexpr bool kFusedMultiplyAdd = false;
 // Largest sum relative to a guessed maximum that is accepted: terms up to 2^64 err by 1.3e-6.
 constexpr double kLargestSum = 1.8446744073709552e19;
 
-// The logits' transform. An exponent of two is u * scale, u = x or tanh(x * inner).
-struct Exponent {
-  float scale;
-  float inner;
-  double unit;     // effective logits per unit of u: softcap / temperature
-  double natural;  // effective logits per unit of exponent; makes up for the rounding of scale
-
-  explicit Exponent(const LogitsSpec& spec) {
-    const double cap = spec.softcap > 0 ? spec.softcap : 1.0;
-    unit = cap / spec.temperature;
-    scale = (float)(unit * kLog2EDouble);
-    inner = (float)(1.0 / cap);
-    natural = unit / (double)scale;
-  }
-};
-
 template <bool kCap>
 inline Vec capped(Vec x, const Exponent& e) {
   return kCap ? tanh(x * e.inner) : x;
-}
-
-inline int64_t row_offset(const LogitRows& rows, const LogitsSpec& spec, int64_t n) {
-  return (n / spec.inner_rows) * rows.outer_stride + (n % spec.inner_rows) * rows.inner_stride;
 }
 
 // Columns [0, count) of a row, count < one load, as floats.

@@ -1,214 +1,213 @@
-// Expert log-probabilities: l[n, k] = z'[n, k, y] - log sum_v exp z'[n, k, v].
+// Expert log-probabilities: l[n, k] = z'[n, k, y] - log sum_v exp z'[n, k, v], and the gradient
+// dz[n, k, v] = [a (1[v = y] - p) + b p] dz'/dz,  p = exp(z' - lse), recomputed.
 //
-// Parallelisation: one block per (row, expert), experts of a row next to each other on grid.x.
-// Memory: one read, 16-byte loads between a scalar head and tail, so any width, stride and
-// alignment will do; int64 offsets. Two packs are in flight per thread. Numerics: base-2 online
-// log-sum-exp in float32 (float64 for float64 logits); the threads' states are merged in a fixed
-// order, so results are equal bit for bit from run to run. Ignored rows are not read and give 0; a
-// target out of range gives NaN and reads nothing.
+// Forward: a team of blocks per row (row_team.cuh) reads the row of one expert after the other,
+// once, with four 16-byte loads in flight per thread. Warps meet once a row, when all experts are
+// read; then one lane an expert finishes, and for mixture_nll the lanes add up the mixture. Base-2
+// online log-sum-exp in float32 relative to the largest exponent so far, one rescale a pack; the
+// rest in float64. Ignored rows are not read and give 0; a target out of range gives NaN.
+// Backward: blocks of (row, expert, tile of columns), one read and one write. Padding gets 0.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
+#include "cuda/expert_log_prob.cuh"
 
-#include "common/online_softmax.h"
-#include "cuda/launch.cuh"
-#include "ops.h"
+#include "common/column.h"
+#include "cuda/mixture_row.cuh"
+#include "cuda/row_state.cuh"
+#include "cuda/row_team.cuh"
+#include "cuda/tiles.cuh"
 
 namespace robustgate::cuda {
 namespace {
 
-using generic::OnlineSoftmax;
+static_assert(kExpertsPerLaunch <= kMaxSums);
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kExpertsPerLaunch = 64;  // 24 bytes each of the 4 KiB of kernel parameters
-constexpr double kLog2E = 1.4426950408889634;
+constexpr int kStreamThreads = 256;
 
-struct Arguments {
+struct LogProbArguments {
   LogitRows logits[kExpertsPerLaunch];
-  const int64_t* target;  // [N]
-  void* log_prob;         // [N, K]
-  double* lse;            // [N, K]
   LogitsSpec spec;
-  int experts;       // of this launch
-  int first_expert;  // column of logits[0] in the outputs
+  Exponent exponent;
+  const int64_t* target;  // [N]
+  float* log_prob;        // [N, K]
+  double* lse;            // [N, K]
+  const float* gate;      // [N, K] or [K]
+  int64_t gate_stride;
+  float* nll;          // [N], or null
+  int experts, first;  // of this launch; column of logits[0] in the results
+  int team;
+};
+
+// u of one column in float64: the logit, or the softcap's tanh.
+__device__ __forceinline__ double exact_u(float z, const LogitsSpec& spec) {
+  return spec.softcap > 0 ? ::tanh(z / spec.softcap) : z;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kStreamThreads, 4)
+    expert_log_prob_kernel(const __grid_constant__ LogProbArguments a) {
+  RG_SHARED_MEMORY(bytes);
+  Team team(*reinterpret_cast<TeamMemory*>(bytes), a.team, a.exponent.scale);
+  const ColumnTransform transform{a.exponent.inner, a.spec.softcap > 0};
+  const int64_t begin = team.begin(a.spec.vocab), end = team.end(a.spec.vocab);
+  for (int64_t n = team.first_row(); n < a.spec.rows; n += team.row_step()) {
+    const int64_t y = a.target[n];
+    const bool ignored = y == a.spec.ignore_index;
+    const bool known = !ignored && y >= 0 && y < a.spec.vocab;  // the same for the whole team
+    const OnlineSoftmax<float>* states = nullptr;
+    if (known) {
+      for (int k = 0; k < a.experts; ++k) {
+        const T* z = static_cast<const T*>(a.logits[k].data) + row_offset(a.logits[k], a.spec, n);
+        team.put(k, row_state<true>(z, begin, end, a.exponent.scale, transform));
+      }
+      states = team.merge_all<OnlineSoftmax<float>>(a.experts);
+    }
+    if (!team.leading_warp()) continue;
+    const int k = threadIdx.x;  // below 32: one lane an expert
+    const int64_t out = n * a.spec.experts + a.first + k;
+    float log_prob = known ? -INFINITY : NAN;
+    if (k < a.experts) {
+      double lse = ignored ? 0.0 : NAN;
+      if (known) {
+        const T* z = static_cast<const T*>(a.logits[k].data) + row_offset(a.logits[k], a.spec, n);
+        const double log_sum = log_of_sum(states[k], a.exponent), top = states[k].summable_max();
+        const double exact = (exact_u(to_float(z[y]), a.spec) - top) * a.exponent.unit - log_sum;
+        lse = top * a.exponent.unit + log_sum;
+        log_prob = static_cast<float>(exact > 0 ? 0.0 : exact);  // no probability exceeds 1
+      }
+      a.log_prob[out] = ignored ? 0.0f : log_prob;
+      a.lse[out] = lse;
+    }
+    if (a.nll) {
+      const float gate = k < a.experts ? a.gate[n * a.gate_stride + k] : -INFINITY;
+      const float value = -mixture_of_lanes(log_prob, gate);
+      if (k == 0) a.nll[n] = ignored ? 0.0f : value;
+    }
+  }
+  team.leave();
+}
+
+// Blocks for a row: more than one where a row is long, or where there are too few rows to fill the
+// device, as long as every thread has eight packs of its own.
+inline int streaming_team(const LogitsSpec& spec, int threads, const DeviceLimits& limits) {
+  const int64_t packs = spec.vocab * size_of(spec.dtype) / 16;
+  const int64_t enough = int64_t{64} * limits.multiprocessors;
+  int team = 1;
+  while (2 * team <= limits.largest_cluster && 2 * team <= 8 && spec.rows * team < enough &&
+         packs >= int64_t{16} * team * threads) {
+    team *= 2;
+  }
+  return team;
+}
+
+// Fewer threads where a row is short, so that each has work.
+inline int streaming_threads(const LogitsSpec& spec) {
+  return spec.vocab * size_of(spec.dtype) < 32 * 1024 ? kStreamThreads / 2 : kStreamThreads;
+}
+
+struct GradientArguments {
+  LogitRows logits[kExpertsPerLaunch], grads[kExpertsPerLaunch];
+  int64_t padded_vocab[kExpertsPerLaunch];
+  LogitsSpec spec;
+  Exponent exponent;
+  const int64_t* target;  // [N]
+  const double* lse;      // [N, K]
+  const float* grad;      // [N, K]
+  const float* grad_lse;  // [N, K] or null
+  int experts, first;
+  int64_t tiles, tile_columns;
 };
 
 template <typename T>
-struct StatisticOf {
-  using type = float;
-};
-template <>
-struct StatisticOf<double> {
-  using type = double;
-};
-
-template <typename S, typename T>
-__device__ __forceinline__ S to_statistic(T x) {
-  return static_cast<S>(x);
-}
-template <>
-__device__ __forceinline__ float to_statistic<float>(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-template <>
-__device__ __forceinline__ float to_statistic<float>(__half x) {
-  return __half2float(x);
-}
-
-// The logits' transform: exponents of two are u * scale, u = z or tanh(z / softcap).
-template <typename S, bool kCap>
-struct Exponent {
-  S scale, inner;
-
-  __device__ explicit Exponent(const LogitsSpec& spec)
-      : scale(static_cast<S>((kCap ? spec.softcap : 1.0) * kLog2E / spec.temperature)),
-        inner(static_cast<S>(kCap ? 1.0 / spec.softcap : 1.0)) {}
-
-  __device__ S operator()(S z) const { return kCap ? ::tanh(z * inner) : z; }
-};
-
-// Adds kCount values at once: one rescale for all of them instead of one each.
-template <int kCount, typename S>
-__device__ __forceinline__ void add_many(OnlineSoftmax<S>& state, const S (&u)[kCount], S scale) {
-  S top = u[0];
-#pragma unroll
-  for (int i = 1; i < kCount; ++i) top = fmax(top, u[i]);  // drops NaN, which the sum keeps
-  if (top == -static_cast<S>(INFINITY)) top = 0;           // only -inf or NaN: exp2 gives 0 or NaN
-  S sum = 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) sum += ::exp2((u[i] - top) * scale);
-  if (sum != 0) state.merge({top, sum}, scale);
-}
-
-template <typename S>
-__device__ __forceinline__ OnlineSoftmax<S> merge_warp(OnlineSoftmax<S> state, S scale) {
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2) {
-    state.merge({__shfl_down_sync(~0u, state.max, lane), __shfl_down_sync(~0u, state.sum, lane)},
-                scale);
-  }
-  return state;
-}
-
-template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads)
-    expert_log_prob_kernel(const __grid_constant__ Arguments a) {
-  using S = typename StatisticOf<T>::type;
-  constexpr int kPack = 16 / sizeof(T);
-  const int64_t n = blockIdx.x / a.experts;
-  const int k = blockIdx.x % a.experts;
-  const int64_t out = n * a.spec.experts + a.first_expert + k;
-  const int64_t y = a.target[n];
-  S* log_prob = static_cast<S*>(a.log_prob);
-
+__global__ void __launch_bounds__(kTileThreads, 4)
+    expert_log_prob_backward_kernel(const __grid_constant__ GradientArguments a) {
+  const int64_t row = blockIdx.x / a.tiles;
+  const int64_t n = row / a.experts;
+  const int k = static_cast<int>(row % a.experts);
+  const Tile tile(blockIdx.x % a.tiles, a.tiles, a.tile_columns, a.spec.vocab);
+  const int64_t y = a.target[n], i = n * a.spec.experts + a.first + k;
   const bool ignored = y == a.spec.ignore_index;
-  if (ignored || y < 0 || y >= a.spec.vocab) {  // the same for the whole block
-    if (threadIdx.x == 0) {
-      log_prob[out] = ignored ? S(0) : S(NAN);
-      a.lse[out] = ignored ? 0.0 : NAN;
-    }
-    return;
+  const bool known = !ignored && y >= 0 && y < a.spec.vocab;
+  const float of_prob = a.grad[i], of_lse = a.grad_lse ? a.grad_lse[i] : 0.0f;
+  const double lse = a.lse[i], temperature = a.spec.temperature;
+  const bool zero = ignored || (known && of_prob == 0 && of_lse == 0);
+  const bool computed = known && !zero && lse - lse == 0;
+
+  const T* z[1] = {static_cast<const T*>(a.logits[k].data) + row_offset(a.logits[k], a.spec, n)};
+  T* dz[1] = {static_cast<T*>(a.grads[k].data) + row_offset(a.grads[k], a.spec, n)};
+  tile.fill(dz[0], computed, zero ? 0.0f : NAN, a.spec.vocab, a.padded_vocab[k]);
+  if (!computed) return;
+
+  const ColumnTransform transform{a.exponent.inner, a.spec.softcap > 0};
+  const ExpertScalars s = expert_scalars(lse, lse, a.exponent, transform.cap);
+  const float factor = static_cast<float>((of_lse - of_prob) / temperature);
+  float at_target = 0.0f;
+  if (y >= tile.begin && y < tile.end) {
+    const double log_p = exact_u(to_float(z[0][y]), a.spec) * a.exponent.unit - lse;
+    at_target = static_cast<float>(target_gradient(log_p, of_prob, of_lse) / temperature);
   }
-
-  const LogitRows& rows = a.logits[k];
-  const T* z = static_cast<const T*>(rows.data) + (n / a.spec.inner_rows) * rows.outer_stride +
-               (n % a.spec.inner_rows) * rows.inner_stride;
-  const int64_t vocab = a.spec.vocab;
-  const Exponent<S, kCap> exponent(a.spec);
-  OnlineSoftmax<S> state = OnlineSoftmax<S>::empty();
-
-  // Scalar head up to a 16-byte boundary, 16-byte packs, scalar tail.
-  const int64_t misaligned = reinterpret_cast<uintptr_t>(z) % 16 / sizeof(T);
-  const int64_t head = min(vocab, misaligned == 0 ? int64_t(0) : kPack - misaligned);
-  const int64_t packs = (vocab - head) / kPack;
-  const int64_t tail = head + packs * kPack;
-  const auto add_one = [&](int64_t v) {
-    const S u[1] = {exponent(to_statistic<S>(z[v]))};
-    add_many(state, u, exponent.scale);
-  };
-  if (threadIdx.x < head) add_one(threadIdx.x);
-  if (tail + threadIdx.x < vocab) add_one(tail + threadIdx.x);
-
-  const uint4* packed = reinterpret_cast<const uint4*>(z + head);
-  const auto add_pack = [&](uint4 bits) {
-    const T* values = reinterpret_cast<const T*>(&bits);
-    S u[kPack];
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) u[i] = exponent(to_statistic<S>(values[i]));
-    add_many(state, u, exponent.scale);
-  };
-  int64_t p = threadIdx.x;
-  for (; p + kThreads < packs; p += 2 * kThreads) {
-    const uint4 first = __ldg(packed + p);
-    const uint4 second = __ldg(packed + p + kThreads);
-    add_pack(first);
-    add_pack(second);
-  }
-  if (p < packs) add_pack(__ldg(packed + p));
-
-  __shared__ OnlineSoftmax<S> warp_state[kWarps];
-  state = merge_warp(state, exponent.scale);
-  if (threadIdx.x % 32 == 0) warp_state[threadIdx.x / 32] = state;
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    state = merge_warp(threadIdx.x < kWarps ? warp_state[threadIdx.x] : OnlineSoftmax<S>::empty(),
-                       exponent.scale);
-    if (threadIdx.x == 0) {
-      const double cap = kCap ? a.spec.softcap : 1.0;
-      const double unit = cap / a.spec.temperature;  // effective logits per unit of u
-      // `scale` was rounded to S: log2 of the sum is in units of the same rounded value.
-      const double natural = unit / static_cast<double>(exponent.scale);
-      const double max = state.summable_max();
-      const double log_sum = ::log2(static_cast<double>(state.sum)) * natural;
-      const double zy = static_cast<double>(to_statistic<S>(z[y]));
-      const double target = ((kCap ? ::tanh(zy / cap) : zy) - max) * unit - log_sum;
-      a.lse[out] = max * unit + log_sum;
-      log_prob[out] = static_cast<S>(target > 0 ? 0.0 : target);  // no probability exceeds 1
-    }
-  }
-}
-
-template <typename T>
-void launch(const Arguments& arguments, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(arguments.spec.rows * arguments.experts);
-  if (arguments.spec.softcap > 0) {
-    expert_log_prob_kernel<T, true><<<blocks, kThreads, 0, stream>>>(arguments);
-  } else {
-    expert_log_prob_kernel<T, false><<<blocks, kThreads, 0, stream>>>(arguments);
-  }
+  for_columns<1>(z, tile.begin, tile.end, transform, Upstream{nullptr, 0.0f},
+                 GradientSink<1, T>{dz}, [&](int64_t v, const auto& u, float, const auto& emit) {
+                   const float value =
+                       v == y ? at_target : factor * ::exp2f(log2_prob(u(0), s, a.exponent.scale));
+                   emit(0, value * transform.slope(u(0)));
+                 });
 }
 
 }  // namespace
+
+const char* launch_log_prob(const ExpertLogProb& op, const MixtureNLL* mixture, int device,
+                            void* stream) {
+  LogProbArguments a{{}, op.spec, Exponent(op.spec), op.target, nullptr, op.lse};
+  a.log_prob = static_cast<float*>(op.log_prob);
+  if (mixture) {
+    a.gate = static_cast<const float*>(mixture->gate_logits);
+    a.gate_stride = mixture->gate_stride;
+    a.nll = static_cast<float*>(mixture->nll);
+  }
+  const int threads = streaming_threads(op.spec);
+  a.team = streaming_team(op.spec, threads, DeviceLimits(device));
+  const Grid grid{team_blocks(op.spec.rows, a.team), threads, a.team, sizeof(TeamMemory)};
+  for (int64_t first = 0; first < op.spec.experts; first += kExpertsPerLaunch) {
+    a.first = static_cast<int>(first);
+    a.experts = static_cast<int>(::min(op.spec.experts - first, int64_t{kExpertsPerLaunch}));
+    for (int k = 0; k < a.experts; ++k) a.logits[k] = op.logits[first + k];
+    const char* error = for_dtype(op.spec.dtype, [&](auto zero) {
+      return launch(expert_log_prob_kernel<decltype(zero)>, grid, stream, a);
+    });
+    if (error) return error;
+  }
+  return nullptr;
+}
 
 const char* expert_log_prob(const ExpertLogProb& op, int device, void* stream) {
   if (op.spec.rows == 0 || op.spec.experts == 0) return nullptr;
   DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
-  Arguments arguments{{}, op.target, op.log_prob, op.lse, op.spec, 0, 0};
+  return launch_log_prob(op, nullptr, device, stream);
+}
+
+const char* expert_log_prob_backward(const ExpertLogProbBackward& op, int device, void* stream) {
+  if (op.spec.rows == 0 || op.spec.experts == 0) return nullptr;
+  DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
+  GradientArguments a{{}, {}, {}, op.spec, Exponent(op.spec), op.target, op.lse};
+  a.grad = static_cast<const float*>(op.grad);
+  a.grad_lse = static_cast<const float*>(op.grad_lse);
   for (int64_t first = 0; first < op.spec.experts; first += kExpertsPerLaunch) {
-    const int64_t left = op.spec.experts - first;
-    arguments.first_expert = static_cast<int>(first);
-    arguments.experts = static_cast<int>(left < kExpertsPerLaunch ? left : kExpertsPerLaunch);
-    if (op.spec.rows > INT32_MAX / arguments.experts) return "rows x experts exceeds the grid";
-    for (int k = 0; k < arguments.experts; ++k) arguments.logits[k] = op.logits[first + k];
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    switch (op.spec.dtype) {
-      case DType::kFloat32:
-        launch<float>(arguments, cuda_stream);
-        break;
-      case DType::kBFloat16:
-        launch<__nv_bfloat16>(arguments, cuda_stream);
-        break;
-      case DType::kFloat16:
-        launch<__half>(arguments, cuda_stream);
-        break;
-      case DType::kFloat64:
-        launch<double>(arguments, cuda_stream);
-        break;
+    a.first = static_cast<int>(first);
+    a.experts = static_cast<int>(::min(op.spec.experts - first, int64_t{kExpertsPerLaunch}));
+    for (int k = 0; k < a.experts; ++k) {
+      a.logits[k] = op.logits[first + k];
+      a.grads[k] = op.grad_logits[first + k];
+      a.padded_vocab[k] = op.padded_vocab[first + k];
     }
-    if (const char* error = launch_error()) return error;
+    a.tile_columns = tile_columns(op.spec, op.spec.rows * a.experts, device);
+    a.tiles = Tile::count(op.spec.vocab, a.tile_columns);
+    const Grid grid{op.spec.rows * a.experts * a.tiles, kTileThreads};
+    const char* error = for_dtype(op.spec.dtype, [&](auto zero) {
+      return launch(expert_log_prob_backward_kernel<decltype(zero)>, grid, stream, a);
+    });
+    if (error) return error;
   }
   return nullptr;
 }

@@ -12,15 +12,18 @@ _MixtureSpec = tuple[int, int, int, int, float, int]
 # (address, row stride) of gate logits or weights: stride 0 for [K], K for [N, K]
 _PerRow = tuple[int, int]
 
+# (-1, threads) on the CPU, else (CUDA device, stream)
+_Where = tuple[int, int]
+
 cuda_version: int | None
 
 def instruction_set() -> str: ...
 
 # The two below return the first row whose target is out of range, or -1.
-def cpu_expert_log_prob(
-    logits: _Rows, target: int, log_prob: int, lse: int, spec: _Spec, threads: int, /
+def expert_log_prob(
+    logits: _Rows, target: int, log_prob: int, lse: int, spec: _Spec, where: _Where, /
 ) -> int: ...
-def cpu_mixture_nll(
+def mixture_nll(
     logits: _Rows,
     gate_logits: int,
     gate_stride: int,
@@ -29,10 +32,10 @@ def cpu_mixture_nll(
     log_prob: int,
     lse: int,
     spec: _Spec,
-    threads: int,
+    where: _Where,
     /,
 ) -> int: ...
-def cpu_expert_log_prob_backward(
+def expert_log_prob_backward(
     logits: _Rows,
     target: int,
     lse: int,
@@ -41,13 +44,13 @@ def cpu_expert_log_prob_backward(
     grad_logits: _Rows,
     padded_vocab: Sequence[int],
     spec: _Spec,
-    threads: int,
+    where: _Where,
     /,
 ) -> None: ...
-def cpu_mixture_log_prob(
-    log_prob: int, gate_logits: int, target: int, out: int, spec: _MixtureSpec, threads: int, /
+def mixture_log_prob(
+    log_prob: int, gate_logits: int, target: int, out: int, spec: _MixtureSpec, where: _Where, /
 ) -> None: ...
-def cpu_mixture_log_prob_backward(
+def mixture_log_prob_backward(
     log_prob: int,
     gate_logits: int,
     target: int,
@@ -55,13 +58,13 @@ def cpu_mixture_log_prob_backward(
     grad_log_prob: int,
     grad_gate_logits: int,
     spec: _MixtureSpec,
-    threads: int,
+    where: _Where,
     /,
 ) -> None: ...
 
 # A gradient whose data pointer is 0 is not asked for; elsewhere 0 stands for an optional tensor
 # that is not there.
-def cpu_jsd(
+def jsd(
     logits: _Rows,
     weights: _PerRow,
     target: int,
@@ -70,10 +73,10 @@ def cpu_jsd(
     kl: int,
     lse: int,
     spec: _Spec,
-    threads: int,
+    where: _Where,
     /,
 ) -> None: ...
-def cpu_jsd_backward(
+def jsd_backward(
     logits: _Rows,
     weights: _PerRow,
     target: int,
@@ -83,10 +86,10 @@ def cpu_jsd_backward(
     grad_logits: _Rows,
     padded_vocab: Sequence[int],
     spec: _Spec,
-    threads: int,
+    where: _Where,
     /,
 ) -> None: ...
-def cpu_mixture_kl(
+def mixture_kl(
     logits: _Rows,
     teacher: _PerRow,
     student: _PerRow,
@@ -95,10 +98,10 @@ def cpu_mixture_kl(
     tilt: int,
     lse: int,
     spec: _Spec,
-    threads: int,
+    where: _Where,
     /,
 ) -> None: ...
-def cpu_mixture_kl_backward(
+def mixture_kl_backward(
     logits: _Rows,
     teacher: _PerRow,
     student: _PerRow,
@@ -109,10 +112,10 @@ def cpu_mixture_kl_backward(
     grad_logits: _Rows,
     padded_vocab: Sequence[int],
     spec: _Spec,
-    threads: int,
+    where: _Where,
     /,
 ) -> None: ...
-def cpu_mixture_log_softmax(
+def mixture_log_softmax(
     logits: _Rows,
     gate: _PerRow,
     target: int,
@@ -121,10 +124,10 @@ def cpu_mixture_log_softmax(
     share: int,
     lse: int,
     spec: _Spec,
-    threads: int,
+    where: _Where,
     /,
 ) -> None: ...
-def cpu_mixture_log_softmax_backward(
+def mixture_log_softmax_backward(
     logits: _Rows,
     gate: _PerRow,
     target: int,
@@ -135,17 +138,7 @@ def cpu_mixture_log_softmax_backward(
     grad_logits: _Rows,
     padded_vocab: Sequence[int],
     spec: _Spec,
-    threads: int,
+    where: _Where,
     /,
 ) -> None: ...
 def cuda_why_unusable(device: int, /) -> str | None: ...
-def cuda_expert_log_prob(
-    logits: _Rows,
-    target: int,
-    log_prob: int,
-    lse: int,
-    spec: _Spec,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...

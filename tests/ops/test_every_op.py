@@ -3,6 +3,8 @@
 Values and gradients against the float64 truth are in each op's own file.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from op_cases import BACKENDS, gradients, leaves, on_backend
@@ -81,22 +83,24 @@ def test_layouts(name, dtype, layout):
 
 @pytest.mark.parametrize("name", ON_LOGITS)
 def test_expanded_rows_and_one_stacked_tensor(name):
-    """Rows of stride 0, and one [K, ..., V] tensor instead of a list."""
+    """Rows of stride 0, and one [K, ..., V] tensor instead of a list.
+
+    Where a row starts relative to 16 bytes may change the order of a sum: float32 rounding.
+    """
+    close = partial(torch.testing.assert_close, rtol=3e-6, atol=3e-6)
     p = problem(name, (3, 4), 2, 41)
     first = next(i for i, t in enumerate(p.tensors) if t.shape[-1] == 41)
     rows = [t[:1, :1].clone() for t in p.tensors[first:]]
     expanded = [t.expand(3, 4, 41) for t in rows]
     want = p.call(*p.tensors[:first], *[t.contiguous() for t in expanded])
-    assert torch.equal(p.call(*p.tensors[:first], *expanded), want)
+    close(p.call(*p.tensors[:first], *expanded), want)
 
     stacked = torch.stack(expanded).requires_grad_()
     value = p.call(*p.tensors[:first], *stacked)
-    assert torch.equal(value, want)
+    close(value, want)
     (grad,) = gradients(value, [stacked])
     x = [t.detach().clone().requires_grad_() for t in expanded]
-    assert torch.equal(
-        grad, torch.stack(gradients(p.call(*p.tensors[:first], *x), x)).expand_as(grad)
-    )
+    close(grad, torch.stack(gradients(p.call(*p.tensors[:first], *x), x)).expand_as(grad))
 
 
 @every_op

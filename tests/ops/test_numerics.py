@@ -237,3 +237,16 @@ def test_mixture_log_prob_special_values():
     )
     nothing = rg.mixture_log_prob(torch.zeros(2), torch.full((2,), -INF))
     assert torch.isnan(nothing)
+
+
+@pytest.mark.parametrize("vocab", [5, 13, 50, 700])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_nan_is_never_lost(vocab, masked):
+    """Wherever it stands, alone among -inf too: its row and expert are NaN, the others are not."""
+    for column in {0, vocab // 2, vocab - 1}:
+        case = make((3,), 2, vocab)
+        if masked:
+            case.logits[0][1] = -INF
+        case.logits[0][1, column] = math.nan
+        log_prob = rg.expert_log_prob(case.logits, case.target)
+        assert log_prob.isnan().tolist() == [[False, False], [True, False], [False, False]]

@@ -9,22 +9,26 @@ picks the device; within a device the backend is picked here, at run time, so th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "eager", "native", "triton")
 
 _library = torch.library.Library("robustgate", "DEF")
-_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}
 _EVERY_DEVICE = "CompositeExplicitAutograd"
 
 Kernel = Callable[..., Any]
+WhyUnusable = Callable[[int], str | None]
 
-# (op, device type) -> backend name -> kernel; "auto" is among the names.
+# (op, device type) -> backend name -> kernel; "auto" and "eager" are among the names.
 _kernels: dict[tuple[str, str], dict[str, Kernel]] = {}
+# The same as registered, in order of preference.
+_served: dict[tuple[str, str], dict[str, tuple[Kernel, WhyUnusable | None]]] = {}
 _defaults: dict[str, Kernel] = {}
 
 
@@ -101,15 +105,78 @@ def _declare(schema: str, fake: Kernel, kernel: Kernel) -> Kernel:
     return op
 
 
-def register_kernel(name: str, device_type: str, backend_name: str, kernel: Kernel) -> None:
-    """Register a kernel of a raw op for one device type; the first one registered is preferred."""
+def register_kernel(
+    name: str,
+    device_type: str,
+    backend_name: str,
+    kernel: Kernel,
+    why_unusable: WhyUnusable | None = None,
+) -> None:
+    """Register a kernel of a raw op for one device type.
+
+    ``why_unusable(device_index)`` returns why the kernel cannot run on a device, or None if it can.
+    ``"auto"`` runs the first registered kernel that can, else eager torch.
+    """
+    served = _served.setdefault((name, device_type), {})
+    served[backend_name] = kernel, why_unusable
     table = _kernels.get((name, device_type))
-    if table is not None:
-        table[backend_name] = kernel
-        return
-    table = {"auto": kernel, backend_name: kernel, "eager": _defaults[name]}
-    _kernels[name, device_type] = table
-    _library.impl(name, _choosing(name, table), _DISPATCH_KEYS[device_type])
+    if table is None:
+        table = _kernels[name, device_type] = {"eager": _defaults[name]}
+        _library.impl(name, _choosing(name, table), _DISPATCH_KEYS[device_type])
+    table[backend_name] = _insisting(name, backend_name, kernel, why_unusable)
+    table["auto"] = _first_usable(served, _defaults[name])
+
+
+def eager_where(unserved: Callable[[Sequence[Tensor]], bool], kernel: Kernel) -> Kernel:
+    """Return the kernel, with eager torch in its place where ``unserved(logits)`` is true."""
+    eager = _defaults[kernel.__name__]
+
+    def run(*args: Any) -> Any:
+        logits = next((arg for arg in args if isinstance(arg, (list, tuple))), None)
+        return (eager if logits is not None and unserved(logits) else kernel)(*args)
+
+    return run
+
+
+def _device_index(args: Sequence[Any]) -> int:
+    """Return the index of the device the first argument is on: a tensor or a list of them."""
+    tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    return tensor.device.index or 0
+
+
+def _first_usable(served: dict[str, tuple[Kernel, WhyUnusable | None]], eager: Kernel) -> Kernel:
+    """Return the kernel that runs the first registered one its device can run."""
+    first, why_first_unusable = next(iter(served.values()))
+    if why_first_unusable is None:
+        return first
+
+    def run(*args: Any) -> Any:
+        device = _device_index(args)
+        for kernel, why_unusable in served.values():
+            if why_unusable is None or why_unusable(device) is None:
+                return kernel(*args)
+        return eager(*args)
+
+    return run
+
+
+def _insisting(
+    name: str, backend_name: str, kernel: Kernel, why_unusable: WhyUnusable | None
+) -> Kernel:
+    """Return the kernel that raises, with the reason, where it cannot run."""
+    if why_unusable is None:
+        return kernel
+
+    def run(*args: Any) -> Any:
+        device = _device_index(args)
+        if (reason := why_unusable(device)) is not None:
+            raise RuntimeError(
+                f"robustgate.{name}: backend {backend_name!r} cannot run on device {device}: "
+                f"{reason}"
+            )
+        return kernel(*args)
+
+    return run
 
 
 def _choosing(name: str, table: dict[str, Kernel]) -> Kernel:
@@ -127,11 +194,16 @@ def _choosing(name: str, table: dict[str, Kernel]) -> Kernel:
     return run
 
 
-def serving(device_type: str) -> dict[str, list[str]]:
-    """Return, for each raw op, the backends that serve a device type, the preferred one first."""
-    served = {}
-    for name, eager in _defaults.items():
-        table = _kernels.get((name, device_type), {"auto": eager})
-        others = [backend for backend in table if backend not in ("auto", "eager")]
-        served[name] = [*others, "eager"]
-    return served
+def serving(device_type: str, device_index: int = 0) -> dict[str, list[str]]:
+    """Return, for each raw op, the backends that serve a device, the preferred one first."""
+    return {
+        name: [
+            *(
+                backend
+                for backend, (_, why_unusable) in _served.get((name, device_type), {}).items()
+                if why_unusable is None or why_unusable(device_index) is None
+            ),
+            "eager",
+        ]
+        for name in _defaults
+    }

@@ -4,7 +4,7 @@ Which one serves which op is visible in ``robustgate env``; a backend that canno
 :func:`unavailable`.
 """
 
-from robustgate.ops.backends import cpu, cpu_mixtures, cuda, native
+from robustgate.ops.backends import cpu, cuda, divergences, likelihoods, native
 
 
 def unavailable() -> dict[str, str]:
@@ -18,4 +18,4 @@ def unavailable() -> dict[str, str]:
     return reasons
 
 
-__all__ = ["cpu", "cpu_mixtures", "cuda", "native", "unavailable"]
+__all__ = ["cpu", "cuda", "divergences", "likelihoods", "native", "unavailable"]

@@ -1,187 +1,26 @@
-"""Native CPU kernels: vectorised for the processor at hand, on torch's number of threads."""
+"""Native CPU kernels: vectorised for the processor at hand, on torch's number of threads.
+
+float64 logits of the ops that compare experts run on the reference: it is there to check the
+others, and is float64 inside anyway.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from robustgate.ops.backends import native
-from robustgate.ops.expert_log_prob import raise_target_out_of_range
-from robustgate.ops.library import register_kernel
-from robustgate.ops.reference import statistics_dtype
-
-if native.import_error is None:
-    from robustgate import _C
+from robustgate.ops.backends import divergences, likelihoods, native
+from robustgate.ops.library import eager_where, register_kernel
 
 
-def expert_log_prob(
-    logits: Sequence[Tensor],
-    target: Tensor,
-    vocab_size: int,
-    ignore_index: int,
-    temperature: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    target = target.contiguous()
-    shape = (*target.shape, len(logits))
-    log_prob = torch.empty(shape, dtype=statistics_dtype(logits[0].dtype))
-    lse = torch.empty_like(log_prob, dtype=torch.float64)
-    rows, _kept = native.address_rows(logits)
-    bad_row = _C.cpu_expert_log_prob(
-        rows,
-        target.data_ptr(),
-        log_prob.data_ptr(),
-        lse.data_ptr(),
-        native.logits_spec(
-            logits[0], target.numel(), vocab_size, ignore_index, temperature, softcap
-        ),
-        torch.get_num_threads(),
-    )
-    if bad_row >= 0:
-        raise_target_out_of_range(target, bad_row, vocab_size)
-    return log_prob, lse
-
-
-def expert_log_prob_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    logits: Sequence[Tensor],
-    target: Tensor,
-    lse: Tensor,
-    *settings: Any,
-) -> list[Tensor]:
-    target, grad, lse = target.contiguous(), grad.contiguous(), lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grads = [torch.empty(z.shape, dtype=z.dtype) for z in logits]
-    rows, _kept = native.address_rows(logits)
-    # Fresh and contiguous: flattening to rank 3 is a view, nothing is copied.
-    grad_rows, _ = native.address_rows([g if g.dim() <= 3 else g.flatten(0, -3) for g in grads])
-    _C.cpu_expert_log_prob_backward(
-        rows,
-        target.data_ptr(),
-        lse.data_ptr(),
-        grad.data_ptr(),
-        0 if grad_lse is None else grad_lse.data_ptr(),
-        grad_rows,
-        [z.shape[-1] for z in logits],
-        native.logits_spec(logits[0], target.numel(), *settings),
-        torch.get_num_threads(),
-    )
-    return grads
-
-
-def mixture_log_prob(log_prob: Tensor, gate_logits: Tensor) -> Tensor:
-    log_prob, gate_logits = log_prob.contiguous(), gate_logits.contiguous()
-    out = torch.empty(log_prob.shape[:-1], dtype=log_prob.dtype)
-    _C.cpu_mixture_log_prob(
-        log_prob.data_ptr(),
-        gate_logits.data_ptr(),
-        0,
-        out.data_ptr(),
-        _mixture_spec(log_prob, gate_logits, 1.0, 0),
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def mixture_log_prob_backward(
-    grad: Tensor, log_prob: Tensor, gate_logits: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _mixture_backward(grad, log_prob, gate_logits, None, 1.0, 0)
-
-
-def mixture_nll(
-    logits: Sequence[Tensor],
-    gate_logits: Tensor,
-    target: Tensor,
-    vocab_size: int,
-    ignore_index: int,
-    temperature: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    # empty_like is the cheapest allocation; its argument has to be contiguous.
-    target, gate_logits = target.contiguous(), gate_logits.contiguous()
-    experts = len(logits)
-    nll = torch.empty_like(target, dtype=gate_logits.dtype)
-    if gate_logits.dim() > target.dim():
-        gate_stride = experts
-        log_prob = torch.empty_like(gate_logits)
-    else:
-        gate_stride = 0
-        log_prob = torch.empty((*target.shape, experts), dtype=gate_logits.dtype)
-    lse = torch.empty_like(log_prob, dtype=torch.float64)
-    rows, _kept = native.address_rows(logits)
-    bad_row = _C.cpu_mixture_nll(
-        rows,
-        gate_logits.data_ptr(),
-        gate_stride,
-        target.data_ptr(),
-        nll.data_ptr(),
-        log_prob.data_ptr(),
-        lse.data_ptr(),
-        native.logits_spec(
-            logits[0], target.numel(), vocab_size, ignore_index, temperature, softcap
-        ),
-        torch.get_num_threads(),
-    )
-    if bad_row >= 0:
-        raise_target_out_of_range(target, bad_row, vocab_size)
-    return nll, log_prob, lse
-
-
-def mixture_nll_backward(
-    grad: Tensor,
-    log_prob: Tensor,
-    gate_logits: Tensor,
-    target: Tensor,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    return _mixture_backward(grad, log_prob, gate_logits, target.contiguous(), -1.0, ignore_index)
-
-
-def _mixture_spec(
-    log_prob: Tensor, gate_logits: Tensor, sign: float, ignore_index: int
-) -> tuple[int, int, int, int, float, int]:
-    experts = log_prob.shape[-1]
-    gate_stride = experts if gate_logits.dim() == log_prob.dim() else 0
-    code = native.dtype_code(log_prob)
-    return (log_prob.numel() // experts, experts, gate_stride, ignore_index, sign, code)
-
-
-def _mixture_backward(
-    grad: Tensor,
-    log_prob: Tensor,
-    gate_logits: Tensor,
-    target: Tensor | None,
-    sign: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    log_prob, gate_logits = log_prob.contiguous(), gate_logits.contiguous()
-    grad = grad.contiguous()
-    grad_log_prob, grad_gate = torch.empty_like(log_prob), torch.empty_like(log_prob)
-    _C.cpu_mixture_log_prob_backward(
-        log_prob.data_ptr(),
-        gate_logits.data_ptr(),
-        0 if target is None else target.data_ptr(),
-        grad.data_ptr(),
-        grad_log_prob.data_ptr(),
-        grad_gate.data_ptr(),
-        _mixture_spec(log_prob, gate_logits, sign, ignore_index),
-        torch.get_num_threads(),
-    )
-    return grad_log_prob, grad_gate
+def _is_float64(logits: Sequence[Tensor]) -> bool:
+    return logits[0].dtype == torch.float64
 
 
 if native.import_error is None:
-    for _kernel in (
-        expert_log_prob,
-        expert_log_prob_backward,
-        mixture_log_prob,
-        mixture_log_prob_backward,
-        mixture_nll,
-        mixture_nll_backward,
-    ):
+    for _kernel in likelihoods.KERNELS:
         register_kernel(_kernel.__name__, "cpu", "native", _kernel)
+    for _kernel in divergences.KERNELS:
+        register_kernel(_kernel.__name__, "cpu", "native", eager_where(_is_float64, _kernel))

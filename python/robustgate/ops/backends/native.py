@@ -34,7 +34,16 @@ else:
 # The order of robustgate::DType in csrc/common/dtype.h.
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
+Where = tuple[int, int]
 LogitsSpec = tuple[int, int, int, int, float, float, int]
+
+
+def where(tensor: Tensor) -> Where:
+    """Return where a kernel runs: (-1, threads) for a CPU tensor, else (device, its stream)."""
+    if not tensor.is_cuda:
+        return -1, torch.get_num_threads()
+    device = tensor.device.index
+    return device, torch.cuda.current_stream(device).cuda_stream
 
 
 def dtype_code(tensor: Tensor) -> int:

@@ -1,7 +1,4 @@
-"""Native CPU kernels of the ops that look at every column of every expert together.
-
-float64 logits run on the reference: it is there to check the others, and is float64 inside anyway.
-"""
+"""Native kernels, CPU and CUDA, of the ops that look at every column of every expert together."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import torch
 from torch import Tensor
 
 from robustgate.ops.backends import native
-from robustgate.ops.library import eager_kernel, register_kernel
 
 if native.import_error is None:
     from robustgate import _C
@@ -20,10 +16,11 @@ if native.import_error is None:
 
 def _statistics(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Return uninitialised float32 [...] and [..., K], and float64 [..., K]."""
-    leading = logits[0].shape[:-1]
-    per_expert = torch.empty((*leading, len(logits)), dtype=torch.float32)
+    z = logits[0]
+    leading = z.shape[:-1]
+    per_expert = z.new_empty((*leading, len(logits)), dtype=torch.float32)
     return (
-        torch.empty(leading, dtype=torch.float32),
+        z.new_empty(leading, dtype=torch.float32),
         per_expert,
         torch.empty_like(per_expert, dtype=torch.float64),
     )
@@ -55,7 +52,7 @@ def _fresh_gradients(
         if not needed:
             flat += [0, 0, 0]
             continue
-        grad = torch.empty(z.shape, dtype=z.dtype)
+        grad = z.new_empty(z.shape)
         # Fresh and contiguous: flattening to rank 3 is a view, nothing is copied.
         flat += native.address_rows([grad if grad.dim() <= 3 else grad.flatten(0, -3)])[0]
         grads.append(grad)
@@ -73,7 +70,7 @@ def jsd(
     target, lse = _dense(target), _dense(lse)
     weights = weights.contiguous()
     rows, _kept = native.address_rows(logits)
-    _C.cpu_jsd(
+    _C.jsd(
         rows,
         _per_row(weights, kl),
         _address(target),
@@ -82,7 +79,7 @@ def jsd(
         kl.data_ptr(),
         out.data_ptr(),
         native.logits_spec(logits[0], value.numel(), *settings),
-        torch.get_num_threads(),
+        native.where(logits[0]),
     )
     return value, kl, out
 
@@ -101,7 +98,7 @@ def jsd_backward(
     target = _dense(target)
     grads, grad_rows = _fresh_gradients(logits, needs_grad)
     rows, _kept = native.address_rows(logits)
-    _C.cpu_jsd_backward(
+    _C.jsd_backward(
         rows,
         _per_row(weights, kl),
         _address(target),
@@ -111,7 +108,7 @@ def jsd_backward(
         grad_rows,
         [z.shape[-1] for z in logits],
         native.logits_spec(logits[0], grad.numel(), *settings),
-        torch.get_num_threads(),
+        native.where(logits[0]),
     )
     return grads
 
@@ -127,7 +124,7 @@ def mixture_kl(
     teacher, student = _contiguous(teacher, student)
     target = _dense(target)
     rows, _kept = native.address_rows(logits)
-    _C.cpu_mixture_kl(
+    _C.mixture_kl(
         rows,
         _per_row(teacher, tilt),
         _per_row(student, tilt),
@@ -136,7 +133,7 @@ def mixture_kl(
         tilt.data_ptr(),
         lse.data_ptr(),
         native.logits_spec(logits[0], value.numel(), *settings),
-        torch.get_num_threads(),
+        native.where(logits[0]),
     )
     return value, tilt, lse
 
@@ -156,7 +153,7 @@ def mixture_kl_backward(
     target = _dense(target)
     grads, grad_rows = _fresh_gradients(logits, needs_grad)
     rows, _kept = native.address_rows(logits)
-    _C.cpu_mixture_kl_backward(
+    _C.mixture_kl_backward(
         rows,
         _per_row(teacher, lse),
         _per_row(student, lse),
@@ -167,7 +164,7 @@ def mixture_kl_backward(
         grad_rows,
         [z.shape[-1] for z in logits],
         native.logits_spec(logits[0], grad.numel(), *settings),
-        torch.get_num_threads(),
+        native.where(logits[0]),
     )
     return grads
 
@@ -181,10 +178,10 @@ def mixture_log_softmax(
 ) -> tuple[Tensor, Tensor]:
     gate_logits = gate_logits.contiguous()
     leading = logits[0].shape[:-1]
-    out = torch.empty((*leading, vocab_size), dtype=torch.float32)
-    lse = torch.empty((*leading, len(logits)), dtype=torch.float64)
+    out = logits[0].new_empty((*leading, vocab_size), dtype=torch.float32)
+    lse = out.new_empty((*leading, len(logits)), dtype=torch.float64)
     rows, _kept = native.address_rows(logits)
-    _C.cpu_mixture_log_softmax(
+    _C.mixture_log_softmax(
         rows,
         _per_row(gate_logits, lse),
         0,
@@ -193,7 +190,7 @@ def mixture_log_softmax(
         0,
         lse.data_ptr(),
         native.logits_spec(logits[0], leading.numel(), vocab_size, 0, temperature, softcap),
-        torch.get_num_threads(),
+        native.where(logits[0]),
     )
     return out, lse
 
@@ -209,11 +206,11 @@ def mixture_log_softmax_backward(
     softcap: float | None,
 ) -> tuple[list[Tensor], Tensor]:
     grad, gate_logits, lse = _contiguous(grad, gate_logits, lse)
-    grad_gate = torch.empty(lse.shape, dtype=torch.float32)
+    grad_gate = lse.new_empty(lse.shape, dtype=torch.float32)
     grads, grad_rows = _fresh_gradients(logits, needs_grad)
     rows, _kept = native.address_rows(logits)
     count = lse.numel() // len(logits)
-    _C.cpu_mixture_log_softmax_backward(
+    _C.mixture_log_softmax_backward(
         rows,
         _per_row(gate_logits, lse),
         0,
@@ -224,7 +221,7 @@ def mixture_log_softmax_backward(
         grad_rows,
         [z.shape[-1] for z in logits],
         native.logits_spec(logits[0], count, vocab_size, 0, temperature, softcap),
-        torch.get_num_threads(),
+        native.where(logits[0]),
     )
     return grads, grad_gate
 
@@ -235,7 +232,7 @@ def mixture_mean_log_prob(
     mean, share, lse = _statistics(logits)
     gate_logits, target = _contiguous(gate_logits, target)
     rows, _kept = native.address_rows(logits)
-    _C.cpu_mixture_log_softmax(
+    _C.mixture_log_softmax(
         rows,
         _per_row(gate_logits, share),
         target.data_ptr(),
@@ -244,7 +241,7 @@ def mixture_mean_log_prob(
         share.data_ptr(),
         lse.data_ptr(),
         native.logits_spec(logits[0], mean.numel(), *settings),
-        torch.get_num_threads(),
+        native.where(logits[0]),
     )
     return mean, share, lse
 
@@ -263,7 +260,7 @@ def mixture_mean_log_prob_backward(
     grad, gate_logits, target, lse = _contiguous(grad / vocab_size, gate_logits, target, lse)
     grads, grad_rows = _fresh_gradients(logits, needs_grad)
     rows, _kept = native.address_rows(logits)
-    _C.cpu_mixture_log_softmax_backward(
+    _C.mixture_log_softmax_backward(
         rows,
         _per_row(gate_logits, lse),
         target.data_ptr(),
@@ -274,32 +271,18 @@ def mixture_mean_log_prob_backward(
         grad_rows,
         [z.shape[-1] for z in logits],
         native.logits_spec(logits[0], grad.numel(), vocab_size, *settings),
-        torch.get_num_threads(),
+        native.where(logits[0]),
     )
     return grads
 
 
-def _unless_float64(kernel: Callable[..., Any], logits_position: int) -> Callable[..., Any]:
-    reference = eager_kernel(kernel.__name__)
-
-    def run(*arguments: Any) -> Any:
-        double = arguments[logits_position][0].dtype == torch.float64
-        return (reference if double else kernel)(*arguments)
-
-    return run
-
-
-if native.import_error is None:
-    for _kernel, _logits_position in (
-        (jsd, 0),
-        (jsd_backward, 1),
-        (mixture_kl, 0),
-        (mixture_kl_backward, 1),
-        (mixture_log_softmax, 0),
-        (mixture_log_softmax_backward, 1),
-        (mixture_mean_log_prob, 0),
-        (mixture_mean_log_prob_backward, 1),
-    ):
-        register_kernel(
-            _kernel.__name__, "cpu", "native", _unless_float64(_kernel, _logits_position)
-        )
+KERNELS: tuple[Callable[..., Any], ...] = (
+    jsd,
+    jsd_backward,
+    mixture_kl,
+    mixture_kl_backward,
+    mixture_log_softmax,
+    mixture_log_softmax_backward,
+    mixture_mean_log_prob,
+    mixture_mean_log_prob_backward,
+)
