@@ -262,6 +262,7 @@ def extension(build_folder):
     return build_extension(build_folder)
 
 
+@pytest.mark.timeout(1200)  # the first one builds the kernels, too
 @pytest.mark.parametrize("capability", SELECTIONS)
 def test_op_tests_on_the_cuda_kernels(extension, capability):
     environment = {

@@ -4,7 +4,7 @@ Which one serves which op is visible in ``robustgate env``; a backend that canno
 :func:`unavailable`.
 """
 
-from robustgate.ops.backends import cpu, cuda, divergences, likelihoods, native
+from robustgate.ops.backends import cpu, cuda, divergences, likelihoods, native, triton
 
 
 def unavailable() -> dict[str, str]:
@@ -14,8 +14,9 @@ def unavailable() -> dict[str, str]:
         reasons["native"] = f"the compiled extension cannot be imported: {native.import_error}"
     if (reason := cuda.why_unusable()) is not None:
         reasons["native (cuda)"] = reason
-    reasons["triton"] = "this version has no Triton kernels"
+    if (reason := triton.why_unusable()) is not None:
+        reasons["triton"] = reason
     return reasons
 
 
-__all__ = ["cpu", "cuda", "divergences", "likelihoods", "native", "unavailable"]
+__all__ = ["cpu", "cuda", "divergences", "likelihoods", "native", "triton", "unavailable"]
