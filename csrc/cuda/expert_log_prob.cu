@@ -118,7 +118,7 @@ struct GradientArguments {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 4)
+__global__ void __launch_bounds__(kTileThreads, 3)
     expert_log_prob_backward_kernel(const __grid_constant__ GradientArguments a) {
   const int64_t row = blockIdx.x / a.tiles;
   const int64_t n = row / a.experts;
