@@ -38,13 +38,17 @@ def collect() -> dict[str, Any]:
 
     Keys: ``robustgate``, ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu``
     (``name``, ``threads``, ``instruction_set``), ``cuda`` (``compiled`` version or None,
-    ``devices``), ``backend`` (what is asked for), ``serving`` (device type -> op -> backends, the
-    preferred one first) and ``unavailable`` (backend -> reason).
+    ``devices``), ``xpu`` (``devices``), ``backend`` (what is asked for), ``serving`` (device type
+    -> op -> backends, the preferred one first), ``left_to_eager`` (backend -> what eager torch runs
+    in its place) and ``unavailable`` (backend -> reason).
     """
     native = backends.native.import_error is None
     if native:
         from robustgate import _C
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = {
+        kind: [module.get_device_name(i) for i in range(module.device_count())]
+        for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu))
+    }
     return {
         "robustgate": __version__,
         "python": platform.python_version(),
@@ -56,10 +60,13 @@ def collect() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "instruction_set": _C.instruction_set() if native else None,
         },
-        "cuda": {"compiled": _C.cuda_version if native else None, "devices": devices},
+        "cuda": {"compiled": _C.cuda_version if native else None, "devices": gpus["cuda"]},
+        "xpu": {"devices": gpus["xpu"]},
         "backend": library.requested_backend(),
         "serving": {
-            device: library.serving(device) for device in ("cpu", *(["cuda"] if devices else []))
+            device: library.serving(device)
+            for device in ("cpu", *(kind for kind, names in gpus.items() if names))
         },
+        "left_to_eager": backends.left_to_eager(),
         "unavailable": backends.unavailable(),
     }

@@ -47,6 +47,11 @@ SELECTIONS = {
         " or every_other and dtype1 and softmax or nan_alone and (jsd or kl) and not linear"
         " or ignored_rows and True and not linear or leading_shapes and shape4 and True",
     },
+    "linear": {
+        "test_linear_mixture_nll.py": "transforms and (2 or 5) or of_the_products or mixed_dtypes"
+        " or trainable or excluded or dtype2 and 97",
+        "test_linear_jsd.py": "transforms and 2",
+    },
     "raw ops": {"test_raw_ops.py": "agree and dtype0"},
 }
 
@@ -63,6 +68,7 @@ def why_not() -> str | None:
     return None
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_interpreter(name):
     if (reason := why_not()) is not None:

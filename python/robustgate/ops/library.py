@@ -30,6 +30,8 @@ _kernels: dict[tuple[str, str], dict[str, Kernel]] = {}
 # The same as registered, in order of preference.
 _served: dict[tuple[str, str], dict[str, tuple[Kernel, WhyUnusable | None]]] = {}
 _defaults: dict[str, Kernel] = {}
+# Composed op -> (backend name, device type) -> (kernel of the whole op, whether it takes a call).
+_whole: dict[str, dict[tuple[str, str], tuple[Kernel, Callable[..., bool]]]] = {}
 
 
 def _check_backend(name: str, source: str) -> str:
@@ -93,7 +95,23 @@ def eager_kernel(name: str) -> Kernel:
 
 def define_composed(schema: str, fake: Kernel, kernel: Kernel) -> Kernel:
     """Declare a raw op made of matrix products and other raw ops, whose backends it runs on."""
-    return _declare(schema, fake, kernel)
+    whole = _whole.setdefault(schema.partition("(")[0], {})
+
+    def run(*args: Any) -> Any:
+        fused, takes = whole.get((_requested, _device(args).type), (kernel, None))
+        return (kernel if takes is not None and not takes(*args) else fused)(*args)
+
+    return _declare(schema, fake, run)
+
+
+def register_whole(
+    name: str, device_type: str, backend_name: str, kernel: Kernel, takes: Callable[..., bool]
+) -> None:
+    """Register one kernel for all of a composed op, used where its backend is asked for by name.
+
+    ``takes(*args)`` says whether it serves a call; the composition serves the others.
+    """
+    _whole.setdefault(name, {})[backend_name, device_type] = kernel, takes
 
 
 def _declare(schema: str, fake: Kernel, kernel: Kernel) -> Kernel:
@@ -138,10 +156,10 @@ def eager_where(unserved: Callable[[Sequence[Tensor]], bool], kernel: Kernel) ->
     return run
 
 
-def _device_index(args: Sequence[Any]) -> int:
-    """Return the index of the device the first argument is on: a tensor or a list of them."""
-    tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
-    return tensor.device.index or 0
+def _device(args: Sequence[Any]) -> torch.device:
+    """Return the device the first argument is on: a tensor or a list of them."""
+    tensor: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    return tensor.device
 
 
 def _first_usable(served: dict[str, tuple[Kernel, WhyUnusable | None]], eager: Kernel) -> Kernel:
@@ -151,7 +169,7 @@ def _first_usable(served: dict[str, tuple[Kernel, WhyUnusable | None]], eager: K
         return first
 
     def run(*args: Any) -> Any:
-        device = _device_index(args)
+        device = _device(args).index or 0
         for kernel, why_unusable in served.values():
             if why_unusable is None or why_unusable(device) is None:
                 return kernel(*args)
@@ -168,7 +186,7 @@ def _insisting(
         return kernel
 
     def run(*args: Any) -> Any:
-        device = _device_index(args)
+        device = _device(args).index or 0
         if (reason := why_unusable(device)) is not None:
             raise RuntimeError(
                 f"robustgate.{name}: backend {backend_name!r} cannot run on device {device}: "

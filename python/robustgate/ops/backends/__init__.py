@@ -19,4 +19,18 @@ def unavailable() -> dict[str, str]:
     return reasons
 
 
-__all__ = ["cpu", "cuda", "divergences", "likelihoods", "native", "triton", "unavailable"]
+def left_to_eager() -> dict[str, str]:
+    """Return, for each backend, what eager torch runs in its place."""
+    return {"native (cpu)": cpu.LEAVES, "native (cuda)": cuda.LEAVES, "triton": triton.LEAVES}
+
+
+__all__ = [
+    "cpu",
+    "cuda",
+    "divergences",
+    "left_to_eager",
+    "likelihoods",
+    "native",
+    "triton",
+    "unavailable",
+]

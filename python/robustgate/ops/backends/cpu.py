@@ -14,6 +14,8 @@ from torch import Tensor
 from robustgate.ops.backends import divergences, likelihoods, native
 from robustgate.ops.library import eager_where, register_kernel
 
+LEAVES = "the ops that compare experts in float64"
+
 
 def _is_float64(logits: Sequence[Tensor]) -> bool:
     return logits[0].dtype == torch.float64

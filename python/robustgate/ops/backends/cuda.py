@@ -20,6 +20,7 @@ if native.import_error is None:
     from robustgate import _C
 
 _MAX_EXPERTS = 32  # kMaxExperts of csrc/ops.h
+LEAVES = f"float64 logits; comparisons of more than {_MAX_EXPERTS} experts"
 
 
 @cache

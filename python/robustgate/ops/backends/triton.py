@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from robustgate.ops.backends import native
-from robustgate.ops.library import Kernel, eager_where, register_kernel
+from robustgate.ops.library import Kernel, eager_where, register_kernel, register_whole
 
 OLDEST = (3, 6)  # Triton versions before are untested
 
@@ -50,6 +50,10 @@ _MAX_EXPERTS = {
     "mixture_kl": 8,
     "mixture_kl_backward": 8,
 }
+LEAVES = (
+    "float64 logits; comparisons of more than "
+    f"{_MAX_EXPERTS['jsd']} experts (mixture_kl: {_MAX_EXPERTS['mixture_kl']})"
+)
 
 
 @cache
@@ -96,10 +100,26 @@ def _launcher(op: str, module: str, function: str) -> Kernel:
     return run
 
 
+def _linear_expert_log_prob(*args: Any) -> tuple[Tensor, Tensor]:
+    """Call the fused kernel, which needs no workspace, the op's last argument."""
+    module = import_module("robustgate.ops.triton.linear_mixture_nll")
+    result: tuple[Tensor, Tensor] = module.forward(*args[:-1])
+    return result
+
+
+def _takes_heads(hidden: Sequence[Tensor], *_: Any) -> bool:
+    return hidden[0].dtype != torch.float64
+
+
+_on_cpu = os.environ.get("TRITON_INTERPRET") == "1" and native.import_error is None
 for _op, _where in _LAUNCHERS.items():
     _kernel = eager_where(_unserved(_op), _launcher(_op, *_where))
     for _type in ("cuda", "xpu"):
         _reason = partial(why_unusable, device_type=_type)
         register_kernel(_op, _type, "triton", _kernel, _reason)
-    if os.environ.get("TRITON_INTERPRET") == "1" and native.import_error is None:
+    if _on_cpu:
         register_kernel(_op, "cpu", "triton", _kernel)
+# Whether the fused kernel is faster than tiles through memory has not been measured: "auto" does
+# not choose it.
+for _type in ("cuda", "xpu", *(["cpu"] if _on_cpu else [])):
+    register_whole("linear_expert_log_prob", _type, "triton", _linear_expert_log_prob, _takes_heads)
