@@ -17,6 +17,7 @@ from robustgate.bench.measure import Call, Clock, Contention, Effort, interleave
 from robustgate.bench.memory import peak_extra_bytes
 from robustgate.bench.ops import BENCHMARKS
 from robustgate.bench.plan import SWEEPS, plan, select
+from robustgate.ops.library import requested_backend
 
 FLOAT32 = torch.float32
 OPS = [benchmark.op for benchmark in BENCHMARKS]
@@ -231,6 +232,22 @@ def test_peers_are_timed_only_if_they_are_there_and_right(timed):
         "together": "compared in forward_backward only",
     }
     assert not set(timed) & {"wrong", "nan", "broken", "missing", "elsewhere", "single"}
+
+
+def test_the_other_backends_of_a_gpu_are_variants_too(monkeypatch):
+    served = {"jsd": ["native", "triton", "eager"], "mixture_nll": ["native", "triton", "eager"]}
+    monkeypatch.setattr(run, "serving", lambda *_: served)
+    assert run.other_backends(torch.device("cuda", 0)) == ["triton"]
+    assert run.other_backends(CPU) == []
+    seen = []
+
+    def note(state=None):
+        seen.append(requested_backend())
+        return state
+
+    run.on_backend("triton", Call(note, note)).once()
+    assert seen == ["triton", "triton"]
+    assert requested_backend() == "auto"
 
 
 def test_the_best_of_each_kind_is_never_too_slow():

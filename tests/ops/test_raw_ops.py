@@ -82,15 +82,19 @@ def signature(x):
     return tuple(signature(y) for y in x) if isinstance(x, (list, tuple)) else type(x)
 
 
+SCHEMA = ("test_schema", "test_faketensor")
+OPCHECKS = {
+    "native-float32": ("native", torch.float32, (*SCHEMA, "test_aot_dispatch_dynamic")),
+    "native-bfloat16": ("native", torch.bfloat16, SCHEMA),
+    "eager-float64": ("eager", torch.float64, SCHEMA),
+    "triton-float16": ("triton", torch.float16, SCHEMA),
+}
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("backend", "dtype", "checks"),
-    [
-        ("native", torch.float32, ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")),
-        ("native", torch.bfloat16, ("test_schema", "test_faketensor")),
-        ("eager", torch.float64, ("test_schema", "test_faketensor")),
-    ],
-    ids=["native-float32", "native-bfloat16", "eager-float64"],
+    [pytest.param(*x, id=name) for name, x in OPCHECKS.items() if x[0] in BACKENDS],
 )
 def test_opcheck(op, backend, dtype, checks):
     """The schema says what is aliased and changed, and the fake kernel which tensors come out."""

@@ -15,6 +15,7 @@ from robustgate.bench.measure import (
     Call,
     Clock,
     Effort,
+    Result,
     Timing,
     contention,
     copy_call,
@@ -25,6 +26,7 @@ from robustgate.bench.measure import (
 from robustgate.bench.memory import peak_extra_bytes
 from robustgate.bench.plan import Task
 from robustgate.bench.results import Row, kind_of, provenance
+from robustgate.ops.library import backend, serving
 
 Compiler = Callable[[Function], Function]
 
@@ -96,6 +98,10 @@ def _measure(
         functions |= _load_peers(task, device, skipped)
     clock = Clock(device)
     calls = {name: case.call(function) for name, function in functions.items()}
+    calls |= {
+        f"robustgate {name}": on_backend(name, calls["robustgate"])
+        for name in other_backends(device)
+    }
     errors = _check(calls, case, task.dtype, skipped)
     warm = {name: clock.microseconds(calls[name]) for name in errors}
     for name in _too_slow(warm):  # once more: the first time may have been an accident
@@ -112,6 +118,30 @@ def _measure(
             for item in skipped.items()
         ],
     )
+
+
+def other_backends(device: torch.device) -> list[str]:
+    """Return the compiled backends that serve a GPU besides the one that ``"auto"`` takes."""
+    if device.type == "cpu":
+        return []
+    usable = dict.fromkeys(
+        name for names in serving(device.type, device.index or 0).values() for name in names[1:]
+    )
+    return [name for name in usable if name != "eager"]
+
+
+def on_backend(name: str, call: Call) -> Call:
+    """Return the call with its ops on one backend, a backward pass included."""
+
+    def prepare() -> Any:
+        with backend(name):
+            return call.prepare()
+
+    def run(state: Any) -> Result:
+        with backend(name):
+            return call.run(state)
+
+    return Call(prepare, run)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -179,4 +179,6 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which kernels run on the tensor's device."""
     if tensor.device.type == "cpu":
         return nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)  # type: ignore[no-any-return]
+    module = torch.get_device_module(tensor.device)
+    guard: AbstractContextManager[Any] = module.device(tensor.device)
+    return guard
