@@ -22,6 +22,7 @@ from op_cases import (
 )
 
 import robustgate as rg
+from robustgate.ops import linear
 
 MIB = 1 << 20
 
@@ -162,6 +163,30 @@ def test_backward_under_autocast_keeps_float32_products():
             results.append(gradients(loss, x))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("workspace_bytes", [None, 1 << 20])
+def test_products_of_16_bit_operands(dtype, workspace_bytes, monkeypatch):
+    """What CUDA's tensor cores compute, here by torch.mm on float32 copies: no digit is lost."""
+    mm, shapes = torch.mm, []
+
+    def widening(a, b, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return mm(a, b, out=out)
+        assert a.dtype == b.dtype == dtype
+        shapes.append((*a.shape, b.shape[1]))
+        return mm(a.to(out_dtype), b.to(out_dtype), out=out)
+
+    monkeypatch.setattr(torch, "mm", widening)
+    monkeypatch.setattr(linear, "widens", lambda tensor: tensor.dtype == dtype)
+    heads = make_heads((80,), (64, 96), 700, dtype)
+    gate, target = torch.tensor([0.3, -0.2]), torch.randint(0, 700, (80,))
+    compare(heads, gate, target, dtype, workspace_bytes=workspace_bytes)
+    # Logits, once more for the backward pass, and a bfloat16 gradient in two parts: 2 experts,
+    # hidden states and head each.
+    backward = 2 * 2 * 2 if dtype == torch.bfloat16 else 0
+    assert len(shapes) == 4 + backward or workspace_bytes
 
 
 def test_mixed_dtypes():

@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from robustgate.ops.linear import Head, HeadGradients, Needs, Rows, Tile, Tiling, plan, tiles
+from robustgate.ops.linear import (
+    Head,
+    HeadGradients,
+    Needs,
+    Rows,
+    Tile,
+    Tiling,
+    add_product,
+    plan,
+    tiles,
+)
 
 # What a tile's logits receive, per head; None where nothing is needed.
 TileGradient = Callable[[Tile], Sequence[Tensor | None]]
@@ -85,9 +95,9 @@ def _walk(
                 continue
             weight, bias = weights[k]
             if (state := states[k].total) is not None:
-                state[part].addmm_(dz, tile.weight[k])
+                add_product(state[part], dz, tile.weight[k])
             if weight.total is not None:
-                weight.total.addmm_(dz.t(), tile.hidden[k])
+                add_product(weight.total, dz.t(), tile.hidden[k])
             if bias.total is not None:
                 bias.total.add_(dz.sum(0))
         if tile.rows.stop == band.stop:
