@@ -24,12 +24,12 @@ const char* why_unusable(int device) {
   if (driver / 1000 < CUDART_VERSION / 1000) {
     return "the CUDA driver is older than the CUDA version this wheel was built with";
   }
-  DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
-  cudaGetLastError();  // the question must not leave its error behind
-  return error == cudaSuccess ? nullptr : "this wheel holds no kernel image for the device";
+  return on_device(device, [] {
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
+    cudaGetLastError();  // the question must not leave its error behind
+    return error == cudaSuccess ? nullptr : "this wheel holds no kernel image for the device";
+  });
 }
 
 }  // namespace robustgate::cuda

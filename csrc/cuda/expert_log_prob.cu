@@ -181,35 +181,33 @@ const char* launch_log_prob(const ExpertLogProb& op, const MixtureNLL* mixture, 
 
 const char* expert_log_prob(const ExpertLogProb& op, int device, void* stream) {
   if (op.spec.rows == 0 || op.spec.experts == 0) return nullptr;
-  DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
-  return launch_log_prob(op, nullptr, device, stream);
+  return on_device(device, [&] { return launch_log_prob(op, nullptr, device, stream); });
 }
 
 const char* expert_log_prob_backward(const ExpertLogProbBackward& op, int device, void* stream) {
   if (op.spec.rows == 0 || op.spec.experts == 0) return nullptr;
-  DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   GradientArguments a{{}, {}, {}, op.spec, Exponent(op.spec), op.target, op.lse};
   a.grad = static_cast<const float*>(op.grad);
   a.grad_lse = static_cast<const float*>(op.grad_lse);
-  for (int64_t first = 0; first < op.spec.experts; first += kExpertsPerLaunch) {
-    a.first = static_cast<int>(first);
-    a.experts = static_cast<int>(::min(op.spec.experts - first, int64_t{kExpertsPerLaunch}));
-    for (int k = 0; k < a.experts; ++k) {
-      a.logits[k] = op.logits[first + k];
-      a.grads[k] = op.grad_logits[first + k];
-      a.padded_vocab[k] = op.padded_vocab[first + k];
+  return on_device(device, [&]() -> const char* {
+    for (int64_t first = 0; first < op.spec.experts; first += kExpertsPerLaunch) {
+      a.first = static_cast<int>(first);
+      a.experts = static_cast<int>(::min(op.spec.experts - first, int64_t{kExpertsPerLaunch}));
+      for (int k = 0; k < a.experts; ++k) {
+        a.logits[k] = op.logits[first + k];
+        a.grads[k] = op.grad_logits[first + k];
+        a.padded_vocab[k] = op.padded_vocab[first + k];
+      }
+      a.tile_columns = tile_columns(op.spec, op.spec.rows * a.experts, device);
+      a.tiles = Tile::count(op.spec.vocab, a.tile_columns);
+      const Grid grid{op.spec.rows * a.experts * a.tiles, kTileThreads};
+      const char* error = for_dtype(op.spec.dtype, [&](auto zero) {
+        return launch(expert_log_prob_backward_kernel<decltype(zero)>, grid, stream, a);
+      });
+      if (error) return error;
     }
-    a.tile_columns = tile_columns(op.spec, op.spec.rows * a.experts, device);
-    a.tiles = Tile::count(op.spec.vocab, a.tile_columns);
-    const Grid grid{op.spec.rows * a.experts * a.tiles, kTileThreads};
-    const char* error = for_dtype(op.spec.dtype, [&](auto zero) {
-      return launch(expert_log_prob_backward_kernel<decltype(zero)>, grid, stream, a);
-    });
-    if (error) return error;
-  }
-  return nullptr;
+    return nullptr;
+  });
 }
 
 }  // namespace robustgate::cuda

@@ -8,6 +8,8 @@
 
 #include <cuda_pipeline_primitives.h>
 
+#include <type_traits>
+
 #include "common/column.h"
 #include "cuda/columns.cuh"
 #include "cuda/row_state.cuh"
@@ -226,6 +228,17 @@ inline Grid plan_rows(RowsArguments& a, int64_t memory, int device) {
   const int64_t filling = ::max(int64_t{1}, int64_t{limits.multiprocessors} * 15 / 8 / a.team);
   const int64_t teams = ::min(rows, ::max(cached, filling));
   return {teams * a.team, kRowThreads, a.team, memory};
+}
+
+// Calls function(zero of the logits' type, K as a constant) and returns its error: 2 and 4 experts
+// have kernels of their own, 0 stands for any number.
+template <typename Function>
+const char* for_experts(const LogitsSpec& spec, const Function& function) {
+  return for_dtype(spec.dtype, [&](auto zero) {
+    if (spec.experts == 2) return function(zero, std::integral_constant<int, 2>());
+    if (spec.experts == 4) return function(zero, std::integral_constant<int, 4>());
+    return function(zero, std::integral_constant<int, 0>());
+  });
 }
 
 }  // namespace robustgate::cuda

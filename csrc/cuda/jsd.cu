@@ -245,8 +245,6 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
 const char* jsd(const JSD& op, int device, void* stream) {
   if (op.spec.rows == 0) return nullptr;
-  DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   Arguments a{rows_arguments(op.spec, op.logits),
               op.weights,
               op.weight_stride,
@@ -255,20 +253,17 @@ const char* jsd(const JSD& op, int device, void* stream) {
               op.value,
               op.kl,
               op.lse};
-  return for_dtype(op.spec.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const Grid grid = plan_rows(a.rows, sizeof(RowsMemory<T>), device);
-    const auto kernel = op.spec.experts == 2   ? jsd_kernel<T, 2>
-                        : op.spec.experts == 4 ? jsd_kernel<T, 4>
-                                               : jsd_kernel<T, 0>;
-    return launch(kernel, grid, stream, a);
+  return on_device(device, [&] {
+    return for_experts(op.spec, [&](auto zero, auto experts) {
+      using T = decltype(zero);
+      const Grid grid = plan_rows(a.rows, sizeof(RowsMemory<T>), device);
+      return launch(jsd_kernel<T, decltype(experts)::value>, grid, stream, a);
+    });
   });
 }
 
 const char* jsd_backward(const JSDBackward& op, int device, void* stream) {
   if (op.spec.rows == 0) return nullptr;
-  DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   BackwardArguments a{rows_arguments(op.spec, op.logits),
                       gradient_rows(op.spec, op.grad_logits, op.padded_vocab),
                       op.weights,
@@ -279,14 +274,12 @@ const char* jsd_backward(const JSDBackward& op, int device, void* stream) {
                       op.grad};
   a.tile_columns = tile_columns(op.spec, op.spec.rows, device);
   a.tiles = Tile::count(op.spec.vocab, a.tile_columns);
-  return for_dtype(op.spec.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const bool two = op.spec.experts == 2, four = op.spec.experts == 4;
-    const Grid grid{op.spec.rows * a.tiles, kTileThreads, 1, sizeof(RowsMemory<T>)};
-    const auto kernel = two    ? jsd_backward_kernel<T, 2>
-                        : four ? jsd_backward_kernel<T, 4>
-                               : jsd_backward_kernel<T, 0>;
-    return launch(kernel, grid, stream, a);
+  return on_device(device, [&] {
+    return for_experts(op.spec, [&](auto zero, auto experts) {
+      using T = decltype(zero);
+      const Grid grid{op.spec.rows * a.tiles, kTileThreads, 1, sizeof(RowsMemory<T>)};
+      return launch(jsd_backward_kernel<T, decltype(experts)::value>, grid, stream, a);
+    });
   });
 }
 

@@ -41,6 +41,13 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Calls function() with a device current, and returns its error or the device's.
+template <typename Function>
+const char* on_device(int device, const Function& function) {
+  const DeviceGuard guard(device);
+  return guard.error == cudaSuccess ? function() : cudaGetErrorString(guard.error);
+}
+
 // The limits that decide a grid. The runtime answers from memory, in tens of nanoseconds.
 struct DeviceLimits {
   int multiprocessors = 0;

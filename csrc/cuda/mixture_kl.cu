@@ -347,33 +347,27 @@ Arguments arguments(const MixtureKL& op) {
 
 const char* mixture_kl(const MixtureKL& op, int device, void* stream) {
   if (op.spec.rows == 0) return nullptr;
-  DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   Arguments a = arguments(op);
-  return for_dtype(op.spec.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const Grid grid = plan_rows(a.rows, sizeof(RowsMemory<T>), device);
-    const auto kernel = op.spec.experts == 2   ? mixture_kl_kernel<T, 2>
-                        : op.spec.experts == 4 ? mixture_kl_kernel<T, 4>
-                                               : mixture_kl_kernel<T, 0>;
-    return launch(kernel, grid, stream, a);
+  return on_device(device, [&] {
+    return for_experts(op.spec, [&](auto zero, auto experts) {
+      using T = decltype(zero);
+      const Grid grid = plan_rows(a.rows, sizeof(RowsMemory<T>), device);
+      return launch(mixture_kl_kernel<T, decltype(experts)::value>, grid, stream, a);
+    });
   });
 }
 
 const char* mixture_kl_backward(const MixtureKLBackward& op, int device, void* stream) {
   const LogitsSpec& spec = op.forward.spec;
   if (spec.rows == 0) return nullptr;
-  DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   BackwardArguments b{arguments(op.forward), gradient_rows(spec, op.grad_logits, op.padded_vocab),
                       op.grad};
-  return for_dtype(spec.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const Grid grid = plan_rows(b.forward.rows, sizeof(RowsMemory<T>), device);
-    const auto kernel = spec.experts == 2   ? mixture_kl_backward_kernel<T, 2>
-                        : spec.experts == 4 ? mixture_kl_backward_kernel<T, 4>
-                                            : mixture_kl_backward_kernel<T, 0>;
-    return launch(kernel, grid, stream, b);
+  return on_device(device, [&] {
+    return for_experts(spec, [&](auto zero, auto experts) {
+      using T = decltype(zero);
+      const Grid grid = plan_rows(b.forward.rows, sizeof(RowsMemory<T>), device);
+      return launch(mixture_kl_backward_kernel<T, decltype(experts)::value>, grid, stream, b);
+    });
   });
 }
 

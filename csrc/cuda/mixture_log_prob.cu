@@ -69,10 +69,10 @@ template <typename Arguments>
 const char* run(void (*single)(Arguments), void (*twice)(Arguments), const Arguments& a,
                 const MixtureLogProb& op, int device, void* stream) {
   if (op.rows == 0) return nullptr;
-  DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   const Grid grid{(op.rows + kThreads - 1) / kThreads, kThreads};
-  return launch(op.dtype == DType::kFloat64 ? twice : single, grid, stream, a);
+  return on_device(device, [&] {
+    return launch(op.dtype == DType::kFloat64 ? twice : single, grid, stream, a);
+  });
 }
 
 }  // namespace

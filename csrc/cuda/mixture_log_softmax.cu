@@ -255,16 +255,13 @@ Arguments arguments(const MixtureLogSoftmax& op) {
 
 const char* mixture_log_softmax(const MixtureLogSoftmax& op, int device, void* stream) {
   if (op.spec.rows == 0) return nullptr;
-  DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   Arguments a = arguments(op);
-  return for_dtype(op.spec.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const Grid grid = plan_rows(a.rows, sizeof(RowsMemory<T>), device);
-    const auto kernel = op.spec.experts == 2   ? mixture_log_softmax_kernel<T, 2>
-                        : op.spec.experts == 4 ? mixture_log_softmax_kernel<T, 4>
-                                               : mixture_log_softmax_kernel<T, 0>;
-    return launch(kernel, grid, stream, a);
+  return on_device(device, [&] {
+    return for_experts(op.spec, [&](auto zero, auto experts) {
+      using T = decltype(zero);
+      const Grid grid = plan_rows(a.rows, sizeof(RowsMemory<T>), device);
+      return launch(mixture_log_softmax_kernel<T, decltype(experts)::value>, grid, stream, a);
+    });
   });
 }
 
@@ -272,19 +269,17 @@ const char* mixture_log_softmax_backward(const MixtureLogSoftmaxBackward& op, in
                                          void* stream) {
   const LogitsSpec& spec = op.forward.spec;
   if (spec.rows == 0) return nullptr;
-  DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   BackwardArguments b{arguments(op.forward), gradient_rows(spec, op.grad_logits, op.padded_vocab),
                       op.grad, op.grad_per_row};
   for (int64_t k = 0; k < spec.experts; ++k) b.any = b.any || op.grad_logits[k].data;
   b.grad_gate = op.grad_gate_logits;
-  return for_dtype(spec.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const Grid grid = plan_rows(b.forward.rows, sizeof(RowsMemory<T>), device);
-    const auto kernel = spec.experts == 2   ? mixture_log_softmax_backward_kernel<T, 2>
-                        : spec.experts == 4 ? mixture_log_softmax_backward_kernel<T, 4>
-                                            : mixture_log_softmax_backward_kernel<T, 0>;
-    return launch(kernel, grid, stream, b);
+  return on_device(device, [&] {
+    return for_experts(spec, [&](auto zero, auto experts) {
+      using T = decltype(zero);
+      const Grid grid = plan_rows(b.forward.rows, sizeof(RowsMemory<T>), device);
+      return launch(mixture_log_softmax_backward_kernel<T, decltype(experts)::value>, grid, stream,
+                    b);
+    });
   });
 }
 

@@ -11,10 +11,10 @@ namespace robustgate::cuda {
 
 const char* mixture_nll(const MixtureNLL& op, int device, void* stream) {
   if (op.experts.spec.rows == 0) return nullptr;
-  DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   const bool together = op.experts.spec.experts <= kExpertsPerLaunch;
-  const char* error = launch_log_prob(op.experts, together ? &op : nullptr, device, stream);
+  const char* error = on_device(device, [&] {
+    return launch_log_prob(op.experts, together ? &op : nullptr, device, stream);
+  });
   return error || together ? error : mixture_log_prob(of_target(op), device, stream);
 }
 
