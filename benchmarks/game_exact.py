@@ -9,14 +9,12 @@ waits for: validation, entropies, every best reply, and the certificate computed
 gate, which is timed on its own. The solver uses one thread.
 """
 
-import argparse
 import statistics
 import time
 
 import torch
-from game_robust_prior import processor
+from game_robust_prior import announced, parse
 
-from robustgate.bench.measure import contention
 from robustgate.game import ExactSolution, solve_exact
 
 PRESETS = {  # points, domains, experts
@@ -68,22 +66,13 @@ def run(preset: str, spread: float, tolerance: float, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=[*PRESETS, "all"], default="all")
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{processor()}, one thread, torch {torch.__version__}, float64")
-    before = contention()
-    for tolerance in TOLERANCES:
-        print(f"gap {tolerance:.0e}")
-        for preset in PRESETS if options.preset == "all" else [options.preset]:
-            for spread in SPREADS:
-                run(preset, spread, tolerance, options.repeats)
-    after = contention()
-    if before.contended or after.contended:
-        used = min(before.utilisation, after.utilisation)
-        print(f"CONTENDED: got {used:.0%} of a core; do not quote these times")
+    presets, repeats = parse(__doc__, PRESETS)
+    with announced():
+        for tolerance in TOLERANCES:
+            print(f"gap {tolerance:.0e}")
+            for preset in presets:
+                for spread in SPREADS:
+                    run(preset, spread, tolerance, repeats)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time of ``game.robust_prior`` from a matrix of document log-probabilities to a certified prior.
 
-    python benchmarks/game_robust_prior.py [--preset small|full] [--repeats R]
+    python benchmarks/game_robust_prior.py [--preset small|full|all] [--repeats R]
 
 Documents are Gaussian: expert k on domain d has mean log-probability -300 + skill_dk, document
 noise of 5 nats, skill of 3 nats. The time covers everything a caller waits for: validation, the
@@ -11,6 +11,8 @@ import argparse
 import platform
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -66,20 +68,33 @@ def run(preset: str, repeats: int) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=[*PRESETS, "all"], default="all")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+@contextmanager
+def announced() -> Iterator[None]:
+    """Name the machine before the measurements; say after them whether it was busy."""
     torch.set_num_threads(1)
     print(f"{processor()}, one thread, torch {torch.__version__}, float64")
     before = contention()
-    for preset in PRESETS if options.preset == "all" else [options.preset]:
-        run(preset, options.repeats)
+    yield
     after = contention()
     if before.contended or after.contended:
         used = min(before.utilisation, after.utilisation)
         print(f"CONTENDED: got {used:.0%} of a core; do not quote these times")
+
+
+def parse(description: str, presets: dict[str, tuple[int, int, int]]) -> tuple[list[str], int]:
+    """Return the presets and the number of runs asked for."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--preset", choices=[*presets, "all"], default="all")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    return list(presets) if options.preset == "all" else [options.preset], options.repeats
+
+
+def main() -> None:
+    presets, repeats = parse(__doc__, PRESETS)
+    with announced():
+        for preset in presets:
+            run(preset, repeats)
 
 
 if __name__ == "__main__":

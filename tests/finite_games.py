@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from robustgate.game import Documents
+from robustgate.game import Documents, SequenceGate
 
 # name: domains [D, X], experts [K, X], value, mixture or None, multiplier or None
 GAMES = {
@@ -70,3 +70,8 @@ def markov_space(starts, stays, length):
     same = (ids[:, 1:] == ids[:, :-1]).unsqueeze(-1)
     tokens = torch.cat([first, torch.where(same, stay, 1 - stay)], dim=1).log()
     return ids, tokens
+
+
+def tabular(game):
+    """A gate with weights of its own for each of the X points."""
+    return SequenceGate.linear(len(game[0][0]), len(game[1])).double()

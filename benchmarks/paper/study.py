@@ -1,6 +1,7 @@
 """One seed of one variant: train experts, a robust gate and its rivals, compare their losses."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -83,9 +84,10 @@ def run(variant: Variant, seed: int, effort: Effort, device: torch.device) -> Ou
     prior = robust_prior(repeated, baseline=baseline)
     record("robust prior", exact["A"].log_prob(ConstantGate(prior.prior)))
 
-    # The learned gate, against samples of the experts for Z.
+    # The learned gate, against samples of the experts for Z; it is judged on others.
     generator = torch.Generator().manual_seed(seed)
-    pools = [_documents(experts, generate(e, effort.pool, generator)) for e in experts]
+    samplers = [_sampler(experts, e) for e in experts]
+    pools, fresh = ([draw(effort.pool, generator) for draw in samplers] for _ in range(2))
     torch.manual_seed(seed)
     gate = SequenceGate.transformer(VOCABULARY, 2, context=LENGTH, width=GATE, hidden=32).to(device)
 
@@ -102,22 +104,18 @@ def run(variant: Variant, seed: int, effort: Effort, device: torch.device) -> Ou
     )
     out.mixture = [float(iterate.mixture[0]) for iterate in course]
     out.normaliser = [iterate.normaliser.value for iterate in course if iterate.normaliser]
-    found = trainer.evaluate(exact, pools)
+    found = trainer.evaluate(exact, fresh)
     assert found.normaliser is not None
     averaged = trainer.averaged_gate()
     for name, judged in (("gate", gate), ("gate, averaged outputs", averaged)):
-        total = normaliser(judged, pools).value  # above 1, what counts is pi_g / Z_g
+        total = normaliser(judged, fresh).value  # above 1, what counts is pi_g / Z_g
         record(name, exact["A"].log_prob(judged) - math.log(max(total, 1.0)))
 
     # The distilled router, from rejection samples of the gate.
-    def sampler(pool: Documents):
-        return lambda count, draw: pool[torch.randint(len(pool), (count,), generator=draw)]
-
     router = TokenGate.mlp(BayesGate(uniform_prior(2))).to(device)
     half = effort.pool // 2
     distilled = distill(
-        gate, router, [sampler(pool) for pool in pools], documents=half, held_out=half,
-        steps=effort.router_steps,
+        gate, router, samplers, documents=half, held_out=half, steps=effort.router_steps,
     )  # fmt: skip
     assert space.tokens is not None
     record("distilled router", distilled.student.log_prob(space.tokens.log_probs).sum(dim=1))
@@ -134,6 +132,10 @@ def run(variant: Variant, seed: int, effort: Effort, device: torch.device) -> Ou
         "gap": distilled.gap, "gap_error": distilled.standard_error,
     }  # fmt: skip
     return out
+
+
+def _sampler(experts: list[TinyLM], expert: TinyLM) -> Callable[[int, torch.Generator], Documents]:
+    return lambda count, generator: _documents(experts, generate(expert, count, generator))
 
 
 def _documents(experts: list[TinyLM], ids: Tensor) -> Documents:

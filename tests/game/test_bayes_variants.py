@@ -268,6 +268,14 @@ def test_powers_are_the_formula():
         (lambda: cached_prior(torch.zeros(3)), r"log_probs: expected shape \[n, K\], got \(3,\)"),
         (lambda: cached_prior(torch.zeros(2, 3), average="mean"), 'average: expected "moving"'),
         (lambda: updating_prior(torch.zeros(2, 3), rate=0.0), r"rate: expected a number in \(0, 1"),
+        (
+            lambda: updating_prior(torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])),
+            r"log_probs, document 1: expected a positive probability .* under \[1.0, 0.0\]",
+        ),
+        (
+            lambda: cached_prior(torch.full((2, 2), -torch.inf), average="powers"),
+            "log_probs, document 0: expected a positive probability",
+        ),
         (lambda: uniform_prior(0), "experts: expected at least 1, got 0"),
     ],
 )

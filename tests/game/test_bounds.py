@@ -165,6 +165,19 @@ def test_a_domain_that_no_single_expert_covers():
     assert result.constant_gate == pytest.approx(0.0, abs=1e-12)  # uniform weights fit
 
 
+@pytest.mark.parametrize("power", [100, 200, 300])
+def test_misfits_of_hundreds_of_nats(power):
+    # sigma of the second domain is 10^-power, and its share of the last point 10^-(power + 30).
+    data = rows([1, 0, 0], [0, 1 - 1e-30, 1e-30])
+    experts = rows([10.0**-power, 1 - 10.0**-power, 0], [0, 1 - 1e-30, 1e-30])
+    result = bounds(data, experts)
+    misfit = power * math.log(10)
+    assert result.misfit.tolist() == pytest.approx([misfit, 0.0], rel=1e-12)
+    assert float(result.solution.value) == pytest.approx(misfit, abs=1e-6)
+    for bound in (result.theorem3, result.ceiling, result.misfit_bound):
+        assert bound == pytest.approx(misfit, abs=1e-6)
+
+
 def test_batches_are_refused():
     with pytest.raises(ValueError, match=r"data_probs: expected two dimensions, got shape \(2, 1"):
         bounds(torch.ones(2, 1, 1), torch.ones(1, 1))

@@ -110,6 +110,18 @@ def test_a_weight_that_would_underflow_keeps_the_bounds_finite():
     assert result.value == pytest.approx(capacity(others, tol=TOL).value, abs=2 * TOL)
 
 
+@pytest.mark.parametrize(("rare", "tol"), [(1e-40, 1e-9), (1e-200, 1e-6), (1e-308, 1e-6)])
+def test_a_rare_symbol_of_a_domain_without_weight_keeps_the_bounds_finite(rare, tol):
+    # As above with a rarer symbol: its share of p_lambda underflows before the weight does.
+    others = rows([0.55, 0.4, 0.05], [0.2, 0.55, 0.25], [0.6, 0.0, 0.4])
+    probs = torch.zeros(4, 4, dtype=torch.float64)
+    probs[:3, :3], probs[3, :3] = others, others.mean(dim=0)
+    probs[3, 3] = rare
+    result = capacity(probs, tol=tol)
+    assert result.converged
+    assert result.value == pytest.approx(capacity(others, tol=tol).value, abs=2 * tol)
+
+
 def test_growing_steps_save_updates():
     # Counted, not timed: 3,879 updates with steps of 1, 575 with growing ones.
     result = capacity(rows([0.55, 0.4, 0.05], [0.2, 0.55, 0.25], [0.6, 0.0, 0.4]), tol=TOL)

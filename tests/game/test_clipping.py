@@ -101,6 +101,18 @@ def test_weights_of_very_different_size():
     assert float(mu) == pytest.approx(1e-250 / 0.3, rel=1e-12)
 
 
+def test_a_multiplier_near_the_smallest_number():
+    # The second is at its upper bound, so that the first has to become .3.
+    lower, upper = rows(0.2, 0.3), rows(0.5, 0.7)
+    clipped, mu = clip_to_one(rows(1e-300, 1), lower, upper)
+    assert clipped.tolist() == pytest.approx([0.3, 0.7], abs=1e-12)
+    assert float(mu) == pytest.approx(1e-300 / 0.3, rel=1e-12)
+    # mu itself underflows: what is missing is shared out all the same.
+    clipped, mu = clip_to_one(rows(1e-320, 1), lower, upper)
+    assert clipped.tolist() == pytest.approx([0.3, 0.7], abs=1e-12)
+    assert 0.0 <= float(mu) < 1e-300
+
+
 def test_filling_moves_only_towards_the_bounds():
     lower, upper = rows(0.0, 0.2, 0.1), rows(0.5, 0.6, 0.1)
     filled = fill_to_one(rows(0.1, 0.3, 0.1), lower, upper)

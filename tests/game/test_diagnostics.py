@@ -59,12 +59,15 @@ def test_opposite_and_vanishing_gradients():
     [
         ({}, True, "losses: expected at least one domain"),
         ({"a": "vector"}, True, r"losses\['a'\]: expected a scalar, got \(3,\)"),
+        ({"a": "constant"}, True, r"losses\['a'\]: expected a loss with its graph"),
+        ({"a": "nan"}, True, r"losses\['a'\]: expected a finite gradient"),
         ({"a": "scalar"}, False, "parameters: expected some that need a gradient"),
     ],
 )
 def test_gradient_conflict_refuses(losses, trainable, message):
     w = torch.ones(3, requires_grad=True)
-    values = {name: w if kind == "vector" else w.sum() for name, kind in losses.items()}
+    kinds = {"vector": w, "scalar": w.sum(), "constant": torch.ones(()), "nan": math.nan * w.sum()}
+    values = {name: kinds[kind] for name, kind in losses.items()}
     with pytest.raises(ValueError, match=message):
         gradient_conflict(values, [w if trainable else w.detach()])
 

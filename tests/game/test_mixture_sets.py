@@ -186,6 +186,40 @@ def test_an_infinite_loss_in_reach_is_infinite(name):
     assert mixtures.contains(mixture)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e100])
+@pytest.mark.parametrize("radius", [1e-300, 1e-30, 1e-20, 1e-12])
+def test_support_of_a_ball_of_next_to_nothing_is_that_of_its_centre(radius, scale):
+    # sigma - c . l is sqrt(2 radius var(l)) to first order: a difference of 1e-6 at most.
+    center, losses = [0.1, 0.2, 0.3, 0.4], scale * torch.tensor([1.0, -3.0, 2.0, 0.5]).double()
+    value, mixture = KLBall(radius, center).support(losses)
+    unit, weights = np.array([1.0, -3.0, 2.0, 0.5]), np.array(center)
+    mean = weights @ unit
+    expected = mean + (2 * radius * (weights @ (unit - mean) ** 2)) ** 0.5
+    assert value / scale == pytest.approx(expected, abs=1e-11)  # the next term: about radius
+    assert float(mixture @ losses) / scale == pytest.approx(expected, abs=1e-11)
+
+
+def test_support_of_a_ball_around_a_corner():
+    # c = (1e-300, 1): all but the last of 690 nats keep lambda_1 with KL = .1 at 1.44e-4.
+    value, mixture = KLBall(0.1, [1e-300, 1.0]).support(torch.tensor([1.0, 0.0]).double())
+    weight = float(mixture[0])
+    divergence = weight * (np.log(weight) - np.log(1e-300)) + (1 - weight) * np.log1p(-weight)
+    assert divergence == pytest.approx(0.1, rel=1e-11)
+    assert value == pytest.approx(weight, rel=1e-11)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_float32_is_computed_in_float64(name):
+    mixtures, losses = SETS[name], torch.tensor([0.3, -2.0, 4.0, 1.0])
+    start = torch.tensor([0.0, 0.5, 0.5, 0.0])  # weights of 0 that bounds may force up
+    value, mixture = mixtures.support(losses)
+    moved = mixtures.mirror_step(start, losses, 0.5)
+    assert mixture.dtype == moved.dtype == torch.float32
+    assert value == pytest.approx(mixtures.support(losses.double())[0], abs=1e-6)
+    exact = mixtures.mirror_step(start.double(), losses.double(), 0.5)
+    torch.testing.assert_close(moved.double(), exact, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_what_is_outside(name):
     mixtures = SETS[name]

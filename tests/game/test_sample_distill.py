@@ -173,6 +173,35 @@ def test_bad_requests_are_refused(options, message):
         sample(random_teacher(), **arguments)
 
 
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("experts", [2, 3])
+def test_gate_samplers_and_documents_have_the_same_experts(constant, experts):
+    # Two of three samplers: a draw of the third expert would be lost, or never made.
+    probs = torch.full((3, 4), 0.25)
+    samplers = finite_samplers(Documents(torch.eye(4), probs.log().T))
+    weights = torch.full((experts,), 1.0 / experts)
+    gate = ConstantGate(weights) if constant else SequenceGate.linear(4, weights)
+    given = samplers[:2] if experts == 3 else samplers
+    with pytest.raises(ValueError, match="samplers"):
+        sample(gate, given, 100)
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_gate_that_accepts_no_more_is_given_up(rounds):
+    class Closing(torch.nn.Module):
+        calls = 0
+
+        def forward(self, inputs):  # [n, F] -> [n, K]
+            self.calls += 1
+            # The first of the two documents is accepted in so many rounds, and nothing after.
+            shut = torch.tensor([self.calls > rounds, True]).unsqueeze(1).expand(2, 2)
+            return torch.zeros(2, 2).masked_fill(shut, -torch.inf)
+
+    samplers = [lambda count, draw: Documents(torch.zeros(count, 1), torch.zeros(count, 2))] * 2
+    with pytest.raises(RuntimeError, match=f"sample: {rounds} documents accepted among"):
+        sample(Closing(), samplers, 2)
+
+
 def test_a_finite_space_is_checked():
     with pytest.raises(ValueError, match="space: expected columns that sum to 1"):
         finite_samplers(Documents(torch.eye(2), torch.zeros(2, 2)))

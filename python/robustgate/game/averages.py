@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,25 @@ class AveragedGate(nn.Module):
 
     Args:
         gates: of one signature, at least one.
+
+    Raises:
+        ValueError: no gate.
+
+    Example:
+        >>> import torch
+        >>> from robustgate.game import AveragedGate, ConstantGate
+        >>> gates = [ConstantGate(torch.tensor(w)) for w in ([0.2, 0.8], [0.6, 0.4])]
+        >>> AveragedGate(gates)(torch.zeros(1, 5)).exp()
+        tensor([[0.4000, 0.6000]], dtype=torch.float64)
+
+    Source: docs/theory.md, "Primal-dual training".
     """
 
-    def __init__(self, gates: list[nn.Module]) -> None:
+    def __init__(self, gates: Sequence[nn.Module]) -> None:
         """Keep the gates."""
         super().__init__()
+        if not gates:
+            raise ValueError("gates: expected at least one, got none")
         self.gates = nn.ModuleList(gates)
 
     def forward(self, inputs: Tensor, **options: Any) -> Tensor:  # [..., F] -> [..., K]

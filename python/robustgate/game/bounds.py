@@ -145,8 +145,9 @@ def _theorem3(
     """Return the paper's bound with ``sigma = softmax(eps)``, term by term as it is stated."""
     if bool(misfit.isinf().any()):
         return math.inf
-    joint = torch.softmax(misfit, dim=0).unsqueeze(1) * experts[expert]  # sigma_d pi_k(d), [D, X]
-    log_share = torch.where(data > 0, joint.log() - joint.sum(dim=0).log(), 0.0)
+    log_sigma = torch.log_softmax(misfit, dim=0)  # [D]; sigma itself may underflow
+    joint = log_sigma.unsqueeze(1) + experts[expert].log()  # log sigma_d pi_k(d), [D, X]
+    log_share = torch.where(data > 0, joint - torch.logsumexp(joint, dim=0), 0.0)
     conditional_entropy = -(data * log_share).sum(dim=1)  # [D]
     return float(torch.logsumexp(misfit, dim=0) - mixture @ conditional_entropy)
 

@@ -49,9 +49,10 @@ class _Bounded(MixtureSet):
 
         Where a weight is 0 and the bounds force it up, it takes its share of what is missing.
         """
-        lower, upper = self._bounds(losses)
-        weights = exponentiated(mixture, losses, step)
-        return clip_to_one(weights, lower.expand_as(weights), upper.expand_as(weights))[0]
+        lower, upper = self._bounds(losses.double())  # the sum of float32 bounds may miss 1
+        weights = exponentiated(mixture.double(), losses, step)
+        clipped, _ = clip_to_one(weights, lower.expand_as(weights), upper.expand_as(weights))
+        return clipped.to(losses.dtype)
 
     def contains(
         self,
@@ -93,6 +94,9 @@ class Floor(_Bounded):
     Args:
         delta: in ``[0, 1 / D]``; 0 is the whole simplex, 1 / D the uniform mixture alone.
 
+    Raises:
+        ValueError: ``delta`` out of range; above 1 / D where a number of domains first shows it.
+
     Example:
         >>> import torch
         >>> from robustgate.game import Floor
@@ -131,6 +135,9 @@ class Box(_Bounded):
     Args:
         lower: D numbers in [0, 1], of sum at most 1.
         upper: D numbers in [0, 1], ``>= lower``, of sum at least 1.
+
+    Raises:
+        ValueError: bounds that are not as described.
 
     Example:
         >>> import torch
@@ -184,6 +191,9 @@ class CVaR(_Bounded):
 
     Args:
         alpha: in (0, 1]; 1 is the plain mean, ``alpha <= 1 / D`` the whole simplex.
+
+    Raises:
+        ValueError: ``alpha`` out of range.
 
     Example:
         >>> import torch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustgate.game.blahut_arimoto import Ascent, ascend, nearest_to_uniform
-from robustgate.game.finite import check_rows
+from robustgate.game.finite import SMALLEST, check_rows
 from robustgate.game.mixtures import FULL_SIMPLEX, MixtureSet
 from robustgate.game.threads import one_thread
 
@@ -122,7 +122,8 @@ def climb(
     negentropy = torch.xlogy(probs, probs).sum(dim=1)  # [D]
 
     def evaluate(mixture: Tensor) -> tuple[Tensor, Tensor]:  # [D] -> [D], []
-        divergence = negentropy - torch.xlogy(probs, mixture @ probs).sum(dim=1)
+        mixed = (mixture @ probs).clamp(min=SMALLEST)  # [X]; a vanishing weight may underflow
+        divergence = negentropy - torch.xlogy(probs, mixed).sum(dim=1)
         losses = offset + divergence.clamp(min=0.0)
         return losses, mixture @ losses
 

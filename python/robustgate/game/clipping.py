@@ -16,6 +16,7 @@ from torch import Tensor
 
 _SUM_TOLERANCE: Final = 1e-13  # of sum m; a sum of 10^6 doubles is exact to about 1e-15
 _MAX_STEPS: Final = 300
+_LARGEST: Final = 1e307  # of a bracket's point: 1 / 1e307 and twice it are still finite
 _NEWTON_STEPS: Final = 12  # after these, every second step halves the bracket instead
 
 
@@ -41,7 +42,8 @@ def clip_to_one(
     saturated = torch.where(positive, upper, lower)
     reach = saturated.sum(dim=-1)
     clipped, mu = scale_to_one(weights, lower, upper, reach, start)
-    mu = _nearest_one(weights, lower, upper, mu)
+    reached = (clipped.sum(dim=-1) - 1.0).abs() <= 1e-9  # not where mu underflows
+    mu = torch.where(reached, _nearest_one(weights, lower, upper, mu), mu)
     clipped = torch.where((mu > 0).unsqueeze(-1), clipped, saturated)
     return fill_to_one(clipped, lower, upper), mu
 
@@ -81,15 +83,32 @@ def scale_to_one(
         low = torch.where(missing > 0, scale, low)
         high = torch.where(missing < 0, scale, high)
         newton = scale + missing / slope  # slope 0: infinite, and refused below
-        bisection = low.sqrt() * high.sqrt()
-        bisection = torch.where(high.isinf(), scale * growth, bisection)
-        bisection = torch.where(low == 0, scale / growth, bisection)
+        bisection = bracket_middle(low, high, scale, growth)
         growth = min(growth * growth, 1e64)
         trusted = (newton > low) & (newton < high)
         if count >= _NEWTON_STEPS and count % 2:
             trusted = torch.zeros_like(trusted)
         scale = torch.where(done, scale, torch.where(trusted, newton, bisection))
     return clipped, torch.where(short, 0.0, 1.0 / scale).squeeze(-1)
+
+
+def bracket_middle(
+    low: Tensor,  # [...]
+    high: Tensor,  # [...]
+    point: Tensor,  # [...]
+    growth: float,
+) -> Tensor:  # [...]
+    """Return the geometric middle of a bracket; where it has an end at 0 or infinity yet, move on.
+
+    Args:
+        low: 0, or the largest point known to be too small.
+        high: infinite, or the smallest point known to be too large.
+        point: the last one tried.
+        growth: the factor to move by.
+    """
+    middle = low.sqrt() * high.sqrt()
+    middle = torch.where(high.isinf(), (point * growth).clamp(max=_LARGEST), middle)
+    return torch.where(low == 0, point / growth, middle)
 
 
 def fill_to_one(

@@ -51,7 +51,8 @@ def gradient_conflict(
         parameters: of the model; those that need no gradient are passed over.
 
     Raises:
-        ValueError: no domain, a loss that is not a scalar, or no parameter that needs a gradient.
+        ValueError: no domain, a loss that is no scalar, has no graph or no finite gradient, or no
+            parameter that needs one.
 
     Example:
         >>> import torch
@@ -73,8 +74,13 @@ def gradient_conflict(
     for name, loss in losses.items():
         if loss.dim() != 0:
             raise ValueError(f"losses[{name!r}]: expected a scalar, got {tuple(loss.shape)}")
+        if not loss.requires_grad:
+            raise ValueError(f"losses[{name!r}]: expected a loss with its graph, got a constant")
         parts = torch.autograd.grad(loss, wanted, retain_graph=True, materialize_grads=True)
-        gradients.append(torch.cat([part.detach().flatten().double() for part in parts]))
+        gradient = torch.cat([part.detach().flatten().double() for part in parts])
+        if not bool(gradient.isfinite().all()):
+            raise ValueError(f"losses[{name!r}]: expected a finite gradient, got inf or NaN")
+        gradients.append(gradient)
     matrix = torch.stack(gradients)  # [D, P]
     norm = matrix.norm(dim=1)
     unit = matrix / norm.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1)

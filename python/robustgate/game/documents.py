@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from robustgate.game.evidence import check_offsets
 from robustgate.ops.mixture_log_prob import mixture_log_prob
 
 
@@ -58,9 +59,15 @@ class TokenDocuments:
         log_probs: Tensor,  # [N, K]
         offsets: Tensor,  # [n + 1]
     ) -> TokenDocuments:
-        """Make a padded batch of packed documents ``log_probs[offsets[i] : offsets[i + 1]]``."""
+        """Make a padded batch of packed documents ``log_probs[offsets[i] : offsets[i + 1]]``.
+
+        Raises:
+            ValueError: offsets that do not run from 0 to N.
+        """
+        check_offsets(offsets, len(log_probs))
         lengths = offsets.diff()  # [n]
-        mask = torch.arange(int(lengths.amax()), device=lengths.device) < lengths.unsqueeze(1)
+        longest = int(lengths.amax()) if len(lengths) else 0
+        mask = torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)
         mask = mask.to(log_probs.device)
         padded = log_probs.new_zeros(*mask.shape, log_probs.shape[1])
         padded[mask] = log_probs
@@ -99,7 +106,7 @@ class Documents:
         tokens: the same documents token by token, where distillation needs them.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or weights that are no probabilities.
 
     Example:
         >>> import torch
@@ -116,7 +123,7 @@ class Documents:
     tokens: TokenDocuments | None = None
 
     def __post_init__(self) -> None:
-        """Compare the shapes."""
+        """Compare the shapes; check the weights."""
         if self.log_probs.dim() != 2:
             raise ValueError(f"log_probs: expected shape [n, K], got {tuple(self.log_probs.shape)}")
         count = len(self.log_probs)
@@ -124,6 +131,13 @@ class Documents:
             raise ValueError(f"inputs: expected [{count}, ...], got {tuple(self.inputs.shape)}")
         if self.weights is not None and self.weights.shape != (count,):
             raise ValueError(f"weights: expected [{count}], got {tuple(self.weights.shape)}")
+        if self.weights is not None:
+            total = float(self.weights.double().sum())  # of float32 weights, to about 1e-6
+            if not bool((self.weights >= 0).all()) or abs(total - 1.0) > 1e-5:
+                raise ValueError(
+                    f"weights: expected non-negative numbers that sum to 1, got the sum {total} "
+                    f"with {int((self.weights < 0).sum())} below 0"
+                )
         if self.tokens is not None and len(self.tokens.log_probs) != count:
             raise ValueError(f"tokens: expected {count}, got {len(self.tokens.log_probs)}")
 

@@ -25,6 +25,17 @@ def document_starts(log_probs: Tensor, offsets: Tensor | None) -> Tensor:  # boo
         raise ValueError(
             f"log_probs: expected shape [T, K] with offsets, got {tuple(log_probs.shape)}"
         )
+    check_offsets(offsets, tokens)
+    first = offsets[:-1]
+    starts[first[first < tokens]] = True  # an empty document at the end starts nowhere
+    return starts
+
+
+def check_offsets(
+    offsets: Tensor,  # [n + 1]
+    tokens: int,
+) -> None:
+    """Raise ValueError unless the offsets cut so many tokens into documents."""
     if (
         offsets.dim() != 1
         or len(offsets) == 0
@@ -37,9 +48,6 @@ def document_starts(log_probs: Tensor, offsets: Tensor | None) -> Tensor:  # boo
             f"got {tuple(offsets.shape)} with ends {offsets[:1].tolist()} and "
             f"{offsets[-1:].tolist()}"
         )
-    first = offsets[:-1]
-    starts[first[first < tokens]] = True  # an empty document at the end starts nowhere
-    return starts
 
 
 def centred(log_values: Tensor) -> Tensor:  # [N, K]

@@ -15,7 +15,7 @@ from torch import Tensor
 from robustgate.game.clipping import scale_to_one
 from robustgate.game.mixtures import FULL_SIMPLEX, MixtureSet
 
-_SMALLEST: Final = 5e-324  # the logarithm of a probability that underflowed stays finite
+SMALLEST: Final = 5e-324  # the logarithm of a probability that underflowed stays finite
 
 
 def check_rows(
@@ -130,7 +130,7 @@ class FiniteGame:
         model: Tensor,  # [..., X]
     ) -> Tensor:  # [..., J]
         """Return ``KL(p_j || m)`` of every vertex, ``m > 0`` wherever some ``p_d > 0``."""
-        log_model = model.clamp(min=_SMALLEST).log()
+        log_model = model.clamp(min=SMALLEST).log()
         cross = -(self.data @ log_model.unsqueeze(-1)).squeeze(-1)  # [..., D]
         return self.negentropy + cross @ self.vertices.T
 
@@ -160,5 +160,5 @@ class FiniteGame:
         moment = (self.data * inverse) @ self.data.transpose(-1, -2)  # [..., D, D]
         share = (self.data * free.unsqueeze(-2)).sum(dim=-1)  # [..., D]
         total = torch.where(free, target, 0.0).sum(dim=-1)[..., None, None]
-        rank_one = share.unsqueeze(-1) * share.unsqueeze(-2) / total.clamp(min=_SMALLEST)
+        rank_one = share.unsqueeze(-1) * share.unsqueeze(-2) / total.clamp(min=SMALLEST)
         return self.vertices @ (moment - rank_one) @ self.vertices.T

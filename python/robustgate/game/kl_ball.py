@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from robustgate.game.clipping import bracket_middle
 from robustgate.game.mixtures import TINY, MixtureSet, scaled, sums_to_one
 
 _MAX_STEPS: Final = 200
+_SERIES: Final = 2.0**-8  # below it the series of u e^u - e^u + 1 errs by less than 1e-14
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class KLBall(MixtureSet):
         radius: in nats, ``>= 0``.
         center: ``c``, D numbers that sum to 1; uniform if absent. A domain of weight 0 in ``c`` has
             weight 0 throughout the ball.
+
+    Raises:
+        ValueError: a negative or infinite ``radius``, or a ``center`` that is no mixture.
 
     Example:
         >>> import torch
@@ -75,19 +80,13 @@ class KLBall(MixtureSet):
 
         With an infinite loss in reach the value is infinite and the mixture the centre.
         """
-        log_center = self._log_center(losses)
-        reached = torch.where(log_center.isfinite(), losses, -torch.inf)
-        top = reached.amax(dim=-1)
+        log_center = self._log_center(losses.double())
+        top = torch.where(log_center.isfinite(), losses, -torch.inf).amax(dim=-1)
         infinite = top.isinf()
         finite = torch.where(infinite.unsqueeze(-1), 0.0, losses)
-        theta, mixture = _tilt(log_center, finite, self.radius, torch.inf)
-        tau = 1.0 / theta
-        dual = tau * (torch.logsumexp(log_center + scaled(finite, theta), dim=-1) + self.radius)
-        # Towards tau = 0 the dual tends to the largest loss, which always bounds it too.
-        value = torch.where((theta > 0) & theta.isfinite(), dual.minimum(top), top)
-        if self.radius == 0.0:
-            value = (log_center.exp() * torch.where(log_center.isfinite(), finite, 0.0)).sum(dim=-1)
-        return torch.where(infinite, top, value), mixture
+        below, mixture = _tilt(log_center, finite, self.radius, torch.inf)
+        value = torch.where(infinite, top, top + below)
+        return value.to(losses.dtype), mixture.to(losses.dtype)
 
     def mirror_step(
         self,
@@ -96,9 +95,10 @@ class KLBall(MixtureSet):
         step: float | Tensor,  # [...]
     ) -> Tensor:  # [..., D]
         """Return the tilt of the centre towards the exponentiated-gradient step."""
-        log_center = self._log_center(losses)
-        log_ratio = mixture.clamp(min=TINY).log() - log_center.clamp(min=-1e3)
-        return _tilt(log_center, log_ratio + scaled(losses, step), self.radius, 1.0)[1]
+        log_center = self._log_center(losses.double())
+        log_ratio = mixture.double().clamp(min=TINY).log() - log_center.clamp(min=-1e3)
+        _, tilted = _tilt(log_center, log_ratio + scaled(losses, step), self.radius, 1.0)
+        return tilted.to(losses.dtype)
 
     def contains(
         self,
@@ -120,54 +120,91 @@ def _times(mixture: Tensor, values: Tensor) -> Tensor:  # [..., D] x2
     return mixture * torch.where((mixture > 0) | values.isfinite(), values, 0.0)
 
 
+class _Tilted(NamedTuple):
+    """The centre tilted by ``theta``, for a statistic ``s <= 0``."""
+
+    mixture: Tensor  # [..., D]   lambda_theta
+    log_mean: Tensor  # [...]     log E_c[e^{theta s}]
+    divergence: Tensor  # [...]   KL(lambda_theta || c)
+    variance: Tensor  # [...]     of s under lambda_theta; theta times it is the slope of KL
+
+
+def _tilted(
+    log_center: Tensor,  # [D]
+    statistic: Tensor,  # [..., D]
+    theta: Tensor,  # [...]
+) -> _Tilted:
+    """Tilt the centre, without cancellation however small theta is.
+
+    With ``u = log(lambda / c)`` the divergence is ``E_c[u e^u - e^u + 1]``, of second order in u.
+    """
+    center, exponent = log_center.exp(), scaled(statistic, theta)
+    loss = (center * exponent.expm1()).sum(dim=-1)  # E_c[e^{theta s}] - 1, above -1
+    whole = torch.logsumexp(log_center + exponent, dim=-1)
+    log_mean = torch.where(loss > -0.5, loss.log1p(), whole)
+    u = exponent - log_mean.unsqueeze(-1)
+    mixture = (log_center + u).exp()
+    series = center * u.square() * (1 / 2 + u * (1 / 3 + u * (1 / 8 + u * (1 / 30 + u / 144))))
+    terms = torch.where(u.abs() < _SERIES, series, mixture * u - mixture + center)
+    mean = (mixture * statistic).sum(dim=-1, keepdim=True)
+    variance = (mixture * (statistic - mean).square()).sum(dim=-1)
+    return _Tilted(mixture, log_mean, terms.sum(dim=-1).clamp(min=0.0), variance)
+
+
 def _tilt(
     log_center: Tensor,  # [D]
     statistic: Tensor,  # [..., D]
     radius: float,
     limit: float,
 ) -> tuple[Tensor, Tensor]:  # [...], [..., D]
-    """Return the largest ``theta <= limit`` with ``KL(lambda_theta || c) <= radius``, and lambda.
+    """Tilt by the largest ``theta <= limit`` with ``KL(lambda_theta || c) <= radius``.
 
-    ``theta = inf`` where even the centre restricted to its largest statistics is in the ball.
     Newton's method on ``sqrt(KL)``, nearly linear in theta, inside a bracket; the returned end of
-    the bracket is the one inside the ball.
+    the bracket is the one inside the ball. Without a limit the centre restricted to its largest
+    statistics may be in the ball, and is then the mixture.
+
+    Returns:
+        ``(log E_c[e^{theta s}] + radius) / theta <= 0``, which no mixture of the ball exceeds with
+        its mean of ``s``, the statistic minus its largest value; and the mixture.
     """
     reached = log_center.isfinite()
     statistic = torch.where(reached, statistic, -torch.inf)
     statistic = statistic - statistic.amax(dim=-1, keepdim=True)
     top = torch.where(statistic == 0, log_center, -torch.inf)
     slack = radius + torch.logsumexp(top, dim=-1)  # radius - KL in the limit of large theta
-    finite = torch.where(reached, statistic, 0.0)
+    statistic = torch.where(reached, statistic, 0.0)
+    spread = -statistic.amin(dim=-1)
+    unit = torch.where(spread > 0, spread, 1.0)
+    statistic = statistic / unit.unsqueeze(-1)  # from -1 to 0; theta is in units of 1 / spread
 
-    def tilted(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [...] -> [..., D], [...], [...]
-        mixture = torch.softmax(log_center + scaled(finite, theta), dim=-1)
-        divergence = _divergence(mixture, log_center).clamp(min=0.0)
-        mean = (mixture * finite).sum(dim=-1, keepdim=True)
-        return mixture, divergence, (mixture * (finite - mean).square()).sum(dim=-1)
-
-    low = torch.zeros_like(slack)
-    high = torch.full_like(slack, limit)
-    _, _, variance = tilted(low)
-    theta = torch.where(variance > 0, (2.0 * radius / variance).sqrt(), 1.0).minimum(high)
+    low, high = torch.zeros_like(spread), torch.full_like(spread, torch.inf)
+    most = limit * unit
+    variance = _tilted(log_center, statistic, low).variance
+    theta = torch.where(variance > 0, (2.0 * radius / variance).sqrt(), 1.0).minimum(most)
     done = (slack >= 0) & (limit == torch.inf)
+    growth = 2.0
     for _ in range(_MAX_STEPS):
-        _, divergence, variance = tilted(theta)
-        inside = divergence <= radius
+        here = _tilted(log_center, statistic, theta)
+        inside = here.divergence <= radius
         low = torch.where(inside, theta, low)
         high = torch.where(inside, high, theta)
-        reached_radius = inside & (divergence >= radius * (1.0 - 1e-12))
-        close = reached_radius | (low >= limit) | (high.isfinite() & (high - low <= 1e-15 * high))
+        reached_radius = inside & (here.divergence >= radius * (1.0 - 1e-12))
+        close = reached_radius | (low >= most) | (high.isfinite() & (high - low <= 1e-15 * high))
         if bool((done | close).all()):
             break
-        root = divergence.sqrt()
-        newton = theta + 2.0 * root * (radius**0.5 * (1.0 - 1e-13) - root) / (theta * variance)
-        middle = torch.where(high.isinf(), 2.0 * theta + 1e-300, 0.5 * (low + high))
-        newton = newton.minimum(torch.full_like(newton, limit))
-        trusted = (newton > low) & (newton < high) | (newton == limit) & (high == limit)
+        root = here.divergence.sqrt()
+        change = radius**0.5 * (1.0 - 1e-13) - root
+        newton = theta + 2.0 * root * change / (theta * here.variance)
+        newton = newton.minimum(most)
+        trusted = (newton > low) & (newton < high)
+        middle = bracket_middle(low, high, theta, growth).minimum(most)
+        growth = min(growth * growth, 1e64)
         theta = torch.where(close, theta, torch.where(trusted, newton, middle))
-    mixture, _, _ = tilted(low)
-    vertex = torch.softmax(top, dim=-1)
+    found = _tilted(log_center, statistic, low)
+    bound = torch.where(low > 0, (found.log_mean + radius) / low, 0.0)
+    mean = (found.mixture * statistic).sum(dim=-1)  # of the centre itself, at theta = 0
+    bound = torch.where((low == 0) & (radius == 0.0), mean, bound)
     return (
-        torch.where(done, torch.inf, low),
-        torch.where(done.unsqueeze(-1), vertex, mixture),
+        unit * torch.where(done, 0.0, bound.clamp(max=0.0)),
+        torch.where(done.unsqueeze(-1), torch.softmax(top, dim=-1), found.mixture),
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustgate.game.mixtures import MixtureSet
+from robustgate.game.mixtures import TINY, MixtureSet
 
 
 class GatePlayer:
@@ -54,6 +54,10 @@ class GatePlayer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
+        expected = [tuple(p.shape) for p in self.parameters]
+        found = [tuple(value.shape) for value in state["values"]]
+        if found != expected:
+            raise ValueError(f"state: expected a gate's parameters {expected}, got {found}")
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["values"], strict=True):
                 parameter.copy_(value)
@@ -68,15 +72,17 @@ class MixturePlayer:
         uniform = torch.full((domains,), 1.0 / domains, dtype=torch.float64)
         self.mixture = mixtures.mirror_step(uniform, torch.zeros_like(uniform), 1.0)
         self._mixtures, self._step, self._optimistic = mixtures, step, optimistic
+        self._smallest = TINY * (self.mixture > 0).to(self.mixture)
         self._last: Tensor | None = None
 
     def move(
         self,
         losses: Tensor,  # [D]
     ) -> None:
-        """Ascend."""
+        """Ascend; a weight that underflowed to 0 could not come back, so none falls that low."""
         last = self._last if self._optimistic and self._last is not None else losses
-        self.mixture = self._mixtures.mirror_step(self.mixture, 2 * losses - last, self._step)
+        moved = self._mixtures.mirror_step(self.mixture, 2 * losses - last, self._step)
+        self.mixture = moved.maximum(self._smallest)
         self._last = losses
 
     def state_dict(self) -> dict[str, Any]:

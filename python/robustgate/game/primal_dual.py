@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from robustgate.game.averages import AveragedGate, Averages
 from robustgate.game.documents import Documents, TokenDocuments
 from robustgate.game.iterate import Iterate, worst_cases
-from robustgate.game.mixtures import FULL_SIMPLEX, MixtureSet
+from robustgate.game.mixtures import FULL_SIMPLEX, TINY, MixtureSet
 from robustgate.game.normaliser import (
     Normaliser,
     check_samples,
@@ -60,7 +61,8 @@ class PrimalDual:
             new losses minus the last ones; with ``"extragradient"`` all players move along the
             gradients found one trial step ahead, for twice the work. Both damp circling.
         ema: decay of the moving average of the gate's parameters.
-        snapshots: how many gates an average of outputs has, at least.
+        snapshots: how many gates of all of training are kept, at least, once there were so many
+            steps; an average of outputs takes those of its latter half.
 
     Attributes:
         gate: the gate, after the last step.
@@ -109,8 +111,10 @@ class PrimalDual:
         if method not in ("plain", "optimistic", "extragradient"):
             raise ValueError(f"method: expected plain, optimistic or extragradient, got {method!r}")
         for name, value in (("mixture_step", mixture_step), ("multiplier_step", multiplier_step)):
-            if not value >= 0.0:
+            if not 0.0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        if not all(math.isfinite(b) for b in baseline.values()):
+            raise ValueError(f"baseline: expected finite numbers, got {dict(baseline)}")
         self.gate, self.mixtures, self.method = gate, mixtures, method
         self.domains = tuple(baseline)
         self.steps = 0
@@ -248,7 +252,7 @@ class PrimalDual:
         """Take over what :meth:`state_dict` returned, into a trainer of the same arguments.
 
         Raises:
-            ValueError: other domains.
+            ValueError: other domains, or a gate of other shapes; then nothing has changed.
         """
         if tuple(state["domains"]) != self.domains:
             expected = list(self.domains)
@@ -317,7 +321,8 @@ class PrimalDual:
         self._losses = here.values
         self._hindsight = self._updated(self._hindsight, here.hindsight)
         seen = ~here.values.isnan()
-        neutral = self.mixture[seen] @ here.values[seen] / self.mixture[seen].sum()
+        weights = self.mixture[seen].clamp(min=TINY)  # all may be 0, where Lambda says so
+        neutral = weights @ here.values[seen] / weights.sum()
         self._mixture_player.move(torch.where(seen, here.values, neutral))
         if here.normaliser is not None:
             self._multiplier_player.move(here.normaliser.value - 1.0)
@@ -357,6 +362,9 @@ class PrimalDual:
             raise ValueError(
                 f"batch: expected domains among {list(self.domains)}, got {list(batch)}"
             )
+        for name, documents in batch.items():
+            if len(documents.log_probs) == 0:
+                raise ValueError(f"batch[{name!r}]: expected at least one document, got none")
         by_token = any(isinstance(documents, TokenDocuments) for documents in batch.values())
         if by_token != (samples is None):
             wanted = "none with token documents" if by_token else "some of each expert"

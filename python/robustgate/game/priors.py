@@ -57,7 +57,8 @@ def updating_prior(
 
     Raises:
         TypeError: ``log_probs`` is not a floating point tensor.
-        ValueError: wrong shape, or ``rate`` out of range.
+        ValueError: wrong shape, ``rate`` out of range, or a document that is impossible, or NaN,
+            under every expert of the prior in force.
 
     Example:
         >>> import torch
@@ -75,8 +76,13 @@ def updating_prior(
     if prior is not None:
         current = check_distribution("prior", prior, experts)
     priors = [current]
-    for document in documents:
+    for i, document in enumerate(documents):
         posterior = torch.softmax(current.log() + document, dim=0)
+        if bool(posterior.isnan().any()):
+            raise ValueError(
+                f"log_probs, document {i}: expected a positive probability under the prior in "
+                f"force, got log-probabilities {document.tolist()} under {current.tolist()}"
+            )
         current = posterior if len(priors) == 1 else torch.lerp(current, posterior, rate)
         priors.append(current)
     return torch.stack(priors)

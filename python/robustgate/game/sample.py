@@ -16,7 +16,7 @@ from robustgate.game.documents import Documents, concatenate
 Sampler = Callable[[int, torch.Generator], Documents]
 
 _CANDIDATES_PER_DRAW: Final = 4  # of sampling-importance-resampling, unless asked otherwise
-_ROUNDS: Final = 1000  # rounds without one accepted document before giving up
+_ROUNDS: Final = 1000  # in a row without one accepted document before giving up
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +76,9 @@ def sample(
         A :class:`Sample`.
 
     Raises:
-        ValueError: ``count``, ``method`` or ``candidates`` out of range, or a sampler that returns
-            another number of documents than asked for.
-        RuntimeError: nothing accepted in a thousand rounds.
+        ValueError: ``count``, ``method`` or ``candidates`` out of range, another number of samplers
+            than of experts, or a sampler that returns other documents than asked for.
+        RuntimeError: nothing accepted in a thousand rounds in a row.
 
     Example:
         >>> import torch
@@ -115,8 +115,19 @@ def finite_samplers(space: Documents) -> list[Sampler]:  # K
         space: every document once, with its log-probabilities ``[X, K]``: column k, exponentiated,
             sums to 1.
 
+    Returns:
+        For each expert a function of a number and a ``torch.Generator``, as :func:`sample` takes.
+
     Raises:
         ValueError: a column that does not sum to 1.
+
+    Example:
+        >>> import torch
+        >>> from robustgate.game import Documents, finite_samplers
+        >>> probs = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # each expert knows one document
+        >>> first, second = finite_samplers(Documents(torch.eye(2), probs.log().T))
+        >>> second(3, torch.Generator()).inputs[:, 1]
+        tensor([1., 1., 1.])
     """
     probs = space.log_probs.to(torch.float64).exp().T  # [K, X]
     total = probs.sum(dim=1)
@@ -136,6 +147,7 @@ def _choose_experts(
     gate: ConstantGate, samplers: Sequence[Sampler], count: int, generator: torch.Generator
 ) -> Sample:
     weights = torch.softmax(gate.logits.detach(), dim=0).cpu()
+    _check_experts(weights, samplers)
     experts = torch.multinomial(weights, count, replacement=True, generator=generator)
     documents = _draw(samplers, experts, generator)
     return Sample(documents, experts, count, 1.0, float(count))
@@ -146,22 +158,23 @@ def _reject(
 ) -> Sample:
     accepted: list[Documents] = []
     experts: list[Tensor] = []
-    found = candidates = rounds = 0
+    found = candidates = barren = 0
     while found < count:
         proposed = torch.randint(len(samplers), (count,), generator=generator)  # [count]
         documents = _draw(samplers, proposed, generator)
         with torch.no_grad():
             log_weights = gate(documents.inputs).cpu()  # [count, K]
+        _check_experts(log_weights, samplers)
         chosen = log_weights.gather(1, proposed.unsqueeze(1)).squeeze(1).exp()  # [count]
         kept = (torch.rand(count, generator=generator) < chosen).nonzero().flatten()
         candidates += count
-        rounds += 1
+        barren = 0 if len(kept) else barren + 1
+        if barren == _ROUNDS:
+            raise RuntimeError(f"sample: {found} documents accepted among {candidates}")
         if len(kept):
             accepted.append(documents[kept])
             experts.append(proposed[kept])
             found += len(kept)
-        elif found == 0 and rounds == _ROUNDS:
-            raise RuntimeError(f"sample: no document accepted among {candidates}")
     first = torch.arange(count)
     drawn = concatenate(accepted)[first]
     return Sample(drawn, torch.cat(experts)[first], candidates, found / candidates, float(count))
@@ -179,6 +192,14 @@ def _resample(
     return Sample(documents[rows], experts[rows], len(experts), 1.0, size)
 
 
+def _check_experts(weights: Tensor, samplers: Sequence[Sampler]) -> None:  # [..., K]
+    if weights.shape[-1] != len(samplers):
+        raise ValueError(
+            f"samplers: expected one for each of the gate's {weights.shape[-1]} experts, "
+            f"got {len(samplers)}"
+        )
+
+
 def _draw(
     samplers: Sequence[Sampler],
     experts: Tensor,  # int [n]
@@ -193,6 +214,11 @@ def _draw(
         part = sampler(len(row), generator)
         if len(part) != len(row):
             raise ValueError(f"samplers[{k}]: asked for {len(row)} documents, got {len(part)}")
+        if part.log_probs.shape[1] != len(samplers):
+            raise ValueError(
+                f"samplers[{k}]: expected log-probabilities under {len(samplers)} experts, one for "
+                f"each sampler, got {part.log_probs.shape[1]}"
+            )
         parts.append(part)
         rows.append(row)
     return concatenate(parts)[torch.cat(rows).argsort()]

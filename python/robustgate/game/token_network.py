@@ -82,6 +82,7 @@ class CausalTransformer(nn.Module):
         known = memory or (None,) * len(self.blocks)
         grown = []
         for block, past in zip(self.blocks, known, strict=True):
-            x, present = block.step(x, past)  # type: ignore[operator]
+            assert isinstance(block, Block)  # nn.ModuleList does not say so
+            x, present = block.step(x, past)
             grown.append(present)
         return self.norm(x), tuple(grown)

@@ -31,6 +31,9 @@ class Vertices(MixtureSet):
     Args:
         points: ``v_j``, J rows of D numbers, each a mixture.
 
+    Raises:
+        ValueError: no point, rows of different lengths, or one that is no mixture.
+
     Example:
         >>> import torch
         >>> from robustgate.game import Vertices
@@ -90,17 +93,17 @@ class Vertices(MixtureSet):
         With u the exponentiated-gradient step, ``-KL(lambda || u)`` of ``lambda = sum_j q_j v_j``
         is, up to a constant, the objective; Blahut-Arimoto over q climbs it to ``1e-12`` nats.
         """
-        rows = self._rows(losses)
-        log_target = exponentiated(mixture, losses, step).clamp(min=TINY).log()
+        rows = self._rows(losses.double())
+        log_target = exponentiated(mixture.double(), losses, step).clamp(min=TINY).log()
 
         def evaluate(weights: Tensor) -> tuple[Tensor, Tensor]:  # [..., J] -> [..., J], [...]
             point = (weights @ rows).clamp(min=TINY)
             gains = (log_target - point.log()) @ rows.T
             return gains, (weights * gains).sum(dim=-1)
 
-        start = torch.full_like(losses @ rows.T, 1.0 / len(rows))
+        start = torch.full_like(log_target @ rows.T, 1.0 / len(rows))
         weights = ascend(evaluate, start, FULL_SIMPLEX, _GAP, _MAX_ITERATIONS).mixture
-        return weights @ rows
+        return (weights @ rows).to(losses.dtype)
 
     def contains(
         self,
