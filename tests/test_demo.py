@@ -230,7 +230,8 @@ def test_result_has_every_system_on_every_domain(tiny):
     _, result = tiny
     kinds = [system.kind for system in result.evaluation.systems]
     domains = len(result.evaluation.domains)
-    assert kinds == ["expert"] * domains + ["monolith", "baseline", "baseline", "robust", "oracle"]
+    others = ["monolith", "soup", *["baseline"] * 6, "robust", "oracle", "bound", "bound"]
+    assert kinds == ["expert"] * domains + others
     assert result.model.certificate.lower_bound <= result.model.certificate.upper_bound
     assert result.report.read_text().startswith("<!doctype html>")
     assert "How the models were trained" in result.report.with_name("report.md").read_text()

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
@@ -122,20 +123,22 @@ def flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
     return [(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))]
 
 
-def evaluation_tables(evaluation: Evaluation) -> tuple[Table, Table]:
-    """Return the losses of every system, and what it loses in the worst mixture of domains."""
+def evaluation_tables(evaluation: Evaluation) -> tuple[RenderableType, ...]:
+    """Return the losses of every system, what it loses in the worst case, and the notes."""
     losses = Table(title="Held-out documents; lower is better")
     losses.add_column("nats per token", no_wrap=True)
-    for domain in evaluation.domains:
+    for domain in (*evaluation.domains, "mean"):
         losses.add_column(domain, justify="right")
     worst = Table(title="In the worst mixture of the domains")
     worst.add_column("excess in nats", no_wrap=True)
     for column in ("per document", "per token", "worst domain"):
         worst.add_column(column, justify="right")
     for system in evaluation.systems:
-        style = "bold green" if system.kind == "robust" else ""
-        own = (f"{result.nll_per_token:.3f}" for result in system.domains)
-        losses.add_row(system.label, *own, style=style)
+        ours = system.name == evaluation.ours
+        style = "bold green" if ours else "" if system.fair else "dim"
+        own = [result.nll_per_token for result in system.domains]
+        values = (f"{value:.3f}" for value in (*own, system.mean_nll_per_token))
+        losses.add_row(system.label, *values, style=style)
         worst.add_row(
             system.label,
             str(system.worst_excess_per_document),
@@ -143,7 +146,7 @@ def evaluation_tables(evaluation: Evaluation) -> tuple[Table, Table]:
             system.worst_domain,
             style=style,
         )
-    return losses, worst
+    return losses, worst, *map(escape, evaluation.notes)
 
 
 def describe(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 import warnings
@@ -82,6 +83,24 @@ def corpora() -> tuple[Corpus, Corpus]:
         Corpus.of("code", make_documents("code", 12, seed=1)),
         Corpus.of("prose", make_documents("prose", 9, seed=1)),
     )
+
+
+@pytest.fixture(scope="session")
+def made_life(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_checkpoint: Callable[..., Path],
+    corpora: tuple[Corpus, Corpus],
+) -> Path:
+    """What ``lives.make_life`` makes; ``life`` is a copy to change."""
+    from .lives import make_life
+
+    return make_life(tmp_path_factory.mktemp("life"), make_checkpoint, corpora)
+
+
+@pytest.fixture
+def life(made_life: Path, tmp_path: Path) -> Path:
+    """A copy of three experts, their store and their model."""
+    return Path(shutil.copytree(made_life, tmp_path / "life"))
 
 
 @pytest.fixture

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from scored import make_store, random_corpora
 
-from robustgate.lm.evaluate import BASELINES, ORACLE, ROBUST, STATIC, UNIFORM, evaluate
+from robustgate.console import evaluation_tables
+from robustgate.game import cached_prior
+from robustgate.lm.evaluate import evaluate
 from robustgate.lm.results import Evaluation
+from robustgate.lm.systems import (
+    BASELINES,
+    CACHED,
+    ORACLE,
+    PER_DOCUMENT,
+    PER_TOKEN,
+    PREVIOUS,
+    ROBUST,
+    SHARE,
+    SOUP,
+    STATIC,
+    UNIFORM,
+    UPDATING,
+)
 
 EXPERTS = ("a", "b", "c")
 DOMAINS = ("x", "y")
@@ -25,23 +44,62 @@ def corpora():
 @pytest.fixture
 def evaluation(tmp_path, corpora):
     store = make_store(tmp_path / "store", corpora, (*EXPERTS, "monolith"))
-    return evaluate(store, PRIOR, experts=EXPERTS, monoliths=("monolith",), resamples=20)
+    return evaluate(
+        store,
+        PRIOR,
+        experts=EXPERTS,
+        monoliths=("monolith",),
+        development=store,
+        text_bytes={"x": 100, "y": 200},
+        resamples=20,
+    )
+
+
+def plain_gate(rows, prior, *, share=0.0, window=None):
+    """Loss of a document under a Bayes gate, token by token in plain Python floats."""
+    weights, loss, seen = list(prior), 0.0, []
+    for row in rows:
+        loss -= math.log(sum(w * math.exp(v) for w, v in zip(weights, row, strict=True)))
+        seen = [*seen, row] if window is None else [*seen, row][-window:]
+        if window is None:
+            after = [w * math.exp(v) for w, v in zip(weights, row, strict=True)]
+        else:
+            after = [w * math.exp(sum(past[k] for past in seen)) for k, w in enumerate(prior)]
+        total = sum(after)
+        weights = [(1 - share) * w / total + share * p for w, p in zip(after, prior, strict=True)]
+    return loss
 
 
 def plain_document_nll(lengths, log_probs, system):
     """Document losses in plain Python floats."""
-    out, start = [], 0
+    out, start, moving = [], 0, None
+    uniform = [1 / 3] * 3
     for length in lengths:
         rows = [[float(v) for v in row] for row in log_probs[start : start + length]]
         start += length
         totals = [sum(column) for column in zip(*rows, strict=True)][:3]
+        rows, monolith = [row[:3] for row in rows], -sum(row[3] for row in rows)
         if system == STATIC:
-            loss = -sum(math.log(sum(map(math.exp, row[:3])) / 3) for row in rows)
+            loss = -sum(math.log(sum(map(math.exp, row)) / 3) for row in rows)
         elif system in (UNIFORM, ROBUST):
-            prior = [1 / 3] * 3 if system == UNIFORM else PRIOR.tolist()
-            loss = -math.log(sum(w * math.exp(t) for w, t in zip(prior, totals, strict=True)))
+            loss = plain_gate(rows, uniform if system == UNIFORM else PRIOR.tolist())
+        elif system == PREVIOUS:
+            loss = plain_gate(rows, uniform, window=1)
+        elif system == SHARE:
+            loss = plain_gate(rows, uniform, share=0.01)
+        elif system == UPDATING:
+            prior = uniform if moving is None else moving
+            loss = plain_gate(rows, prior)
+            after = [w * math.exp(t) for w, t in zip(prior, totals, strict=True)]
+            after = [w / sum(after) for w in after]
+            pairs = zip(after if moving is None else moving, after, strict=True)
+            moving = [0.7 * old + 0.3 * new for old, new in pairs]
         elif system == "monolith":
-            loss = -sum(row[3] for row in rows)
+            loss = monolith
+        elif system == PER_DOCUMENT:
+            loss = -max(totals)
+        elif system == PER_TOKEN:
+            loss = -sum(map(max, rows))
         else:
             loss = -totals[EXPERTS.index(system)]
         out.append(loss)
@@ -53,7 +111,13 @@ def plain_document_nll(lengths, log_probs, system):
 CLOSE = 1e-12
 
 
-@pytest.mark.parametrize("system", [*EXPERTS, "monolith", STATIC, UNIFORM, ROBUST])
+@pytest.mark.parametrize(
+    "system",
+    [
+        *(*EXPERTS, "monolith", STATIC, PREVIOUS, UNIFORM, UPDATING, SHARE, ROBUST),
+        *(PER_DOCUMENT, PER_TOKEN),
+    ],
+)
 def test_losses_equal_a_plain_computation(evaluation, corpora, system):
     result = evaluation.system(system)
     for domain in result.domains:
@@ -64,6 +128,10 @@ def test_losses_equal_a_plain_computation(evaluation, corpora, system):
         assert domain.nll_per_document == pytest.approx(sum(losses) / len(losses), rel=CLOSE)
         assert domain.nll_per_token == pytest.approx(sum(losses) / sum(lengths), rel=CLOSE)
         assert domain.perplexity == pytest.approx(math.exp(domain.nll_per_token), rel=CLOSE)
+        rates = [loss / length for loss, length in zip(losses, lengths, strict=True)]
+        assert domain.nll_document_weighted == pytest.approx(sum(rates) / len(rates), rel=CLOSE)
+        bits = sum(losses) / math.log(2) / {"x": 100, "y": 200}[domain.domain]
+        assert domain.bits_per_byte == pytest.approx(bits, rel=CLOSE)
 
 
 def test_oracle_is_the_best_expert_of_each_domain_and_the_zero_of_the_excess(evaluation):
@@ -118,8 +186,15 @@ def test_baselines_choose_the_systems(tmp_path, corpora):
         "baseline",
         "robust",
         "oracle",
+        "bound",
     }
     assert everything.system(ROBUST).domains == alone.system(ROBUST).domains
+    assert {system.name for system in everything.systems} == {
+        *EXPERTS,
+        *(name for names in BASELINES.values() for name in names),
+        ROBUST,
+    } - {"expert", CACHED, SOUP}
+    assert any("cached prior is left out" in note for note in everything.notes)
 
 
 def test_prior_of_zero_for_an_expert_is_that_mixture_without_it(tmp_path, corpora):
@@ -140,7 +215,21 @@ def test_missing_and_damaged_evaluations_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="robustgate evaluate"):
         Evaluation.load(tmp_path)
     (tmp_path / "evaluation.json").write_text('{"domains": []}')
-    with pytest.raises(ValueError, match="evaluate again"):
+    with pytest.raises(ValueError, match=r"version 1, but .* version 2; evaluate again"):
+        Evaluation.load(tmp_path)
+    (tmp_path / "evaluation.json").write_text('{"version": 2, "domains": []}')
+    with pytest.raises(ValueError, match=r"damaged .*missing.*; evaluate again"):
+        Evaluation.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("domains", ["x", 1]), ("domains", "xy"), ("seed", "0"), ("systems", [{}]), ("ours", True)],
+)
+def test_a_field_of_another_type_is_damage(tmp_path, evaluation, field, value):
+    data = json.loads(json.dumps(evaluation.to_json())) | {field: value}
+    (tmp_path / "evaluation.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="damaged"):
         Evaluation.load(tmp_path)
 
 
@@ -185,6 +274,51 @@ def test_interval_per_token_has_the_error_of_a_ratio(tmp_path):
     # deviation: 1 %. Four standard errors are 16 %.
     assert estimate.upper - estimate.value == pytest.approx(half, rel=0.16)
     assert estimate.value - estimate.lower == pytest.approx(half, rel=0.16)
+
+
+def test_cached_prior_comes_from_the_first_hundred_development_documents(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3] * 130
+    seen = -torch.rand(sum(lengths), 2, generator=generator)
+    seen[300:, 0] -= 5.0  # behind the hundredth document the first expert is hopeless
+    store = make_store(tmp_path / "dev", {"x": (lengths, seen)}, ("a", "b"))
+    test = make_store(tmp_path / "test", {"x": ([2, 2], seen[:4])}, ("a", "b"))
+    result = evaluate(
+        test, PRIOR[:2] / PRIOR[:2].sum(), experts=("a", "b"), development=store, resamples=2
+    )
+    prior = cached_prior(store.document_log_probs("x", ["a", "b"])[:100])
+    expected = -torch.logsumexp(test.document_log_probs("x", ["a", "b"]) + prior.log(), dim=1)
+    own = result.system(CACHED)
+    assert own.domains[0].nll_per_document == pytest.approx(float(expected.mean()), rel=CLOSE)
+    assert not own.fair
+    assert any("told the domain" in note for note in result.notes)
+
+
+def test_fair_systems_know_nothing_but_the_text(evaluation):
+    told = {system.name for system in evaluation.systems if not system.fair}
+    assert told == {ORACLE, CACHED, UPDATING, PER_DOCUMENT, PER_TOKEN}
+
+
+def test_mixtures_of_two_domains_follow_from_the_domains(evaluation):
+    for name in (ROBUST, STATIC, "a"):
+        one, two = evaluation.system(name).domains
+        assert evaluation.on_pair(name, "x", "y", 0) == pytest.approx(one.nll_per_token)
+        assert evaluation.on_pair(name, "x", "y", 1) == pytest.approx(two.nll_per_token)
+        nats = 0.75 * one.nll_per_document + 0.25 * two.nll_per_document
+        length = 0.75 * one.tokens / one.documents + 0.25 * two.tokens / two.documents
+        assert evaluation.on_pair(name, "x", "y", 0.25) == pytest.approx(nats / length)
+
+
+def test_tables_for_a_terminal_hold_every_system_and_the_notes(evaluation):
+    console = Console(record=True, width=200, file=io.StringIO())
+    noted = replace(evaluation, notes=("a [note] with brackets",))
+    for part in evaluation_tables(noted):
+        console.print(part)
+    text = console.export_text()
+    for system in evaluation.systems:
+        assert text.count(f" {system.label} ") == 2
+        assert f"{system.mean_nll_per_token:.3f}" in text
+    assert "a [note] with brackets" in text
 
 
 def test_one_document_has_no_interval_and_is_refused(tmp_path):

@@ -127,8 +127,13 @@ def test_a_killed_fit_leaves_the_old_model_or_the_new_one(tmp_path, store, model
         (lambda f: (f / "manifest.json").unlink(), FileNotFoundError, "not a modular model"),
         (lambda f: (f / "manifest.json").write_text("{"), ValueError, "not valid JSON"),
         (lambda f: (f / "manifest.json").write_text("[]"), ValueError, "not the manifest"),
-        (lambda f: _edit(f, version=2), ValueError, "version 2"),
+        (lambda f: _edit(f, version=3), ValueError, "version 3"),
         (lambda f: _edit(f, certificate={}), ValueError, "damaged"),
+        (lambda f: _edit(f, training={"unit": "token"}), ValueError, "damaged"),
+        (lambda f: _edit_gate(f, kind="token"), ValueError, "a token gate with None"),
+        (lambda f: _edit_gate(f, kind="word"), ValueError, "got 'word'"),
+        (lambda f: _edit_gate(f, bayes={"shares": 1}), ValueError, "damaged .*shares"),
+        (lambda f: _edit_gate(f, kind="token", network={"kind": "mlp"}), ValueError, "damaged"),
         (lambda f: _edit(f, gate={"file": "no.safetensors", "sha256": ""}), OSError, "missing"),
         (lambda f: next(f.glob("gate-*")).write_bytes(b"x"), ValueError, "truncated or altered"),
     ],
@@ -142,6 +147,11 @@ def test_load_refuses_what_is_damaged(model, damage, error, message):
 def _edit(folder: Path, **changes):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def _edit_gate(folder: Path, **changes):
+    gate = json.loads((folder / "manifest.json").read_text())["gate"]
+    _edit(folder, gate={**gate, "spec": {**gate["spec"], **changes}})
 
 
 def test_fit_refuses_what_does_not_fit(tmp_path, store):

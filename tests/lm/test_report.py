@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -10,18 +9,18 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from robustgate.game import BayesGate
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.evaluate import evaluate_model
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.figures import Bar, Line, areas, bars, lines
 from robustgate.lm.fit import fit
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.page import Cell, Page, Row, Section, Table
+from robustgate.lm.page import Cell, Page, Row, Section, Stat, Table
+from robustgate.lm.palette import Palette
 from robustgate.lm.report import write_report
 from robustgate.lm.results import Evaluation
 from robustgate.lm.score import score
 from robustgate.lm.store import LogProbStore
+from robustgate.lm.svg import minus
 from robustgate.lm.trace import Trace, mixed_document, trace_gate
 
 VOID = {"meta", "br", "hr", "img"}
@@ -80,7 +79,14 @@ def model(tmp_path_factory, experts_path, corpora):
     experts = ExpertSet.open(experts_path)
     fit(score(experts, corpora, folder / "valid", progress=False), folder / "m", experts=experts)
     model = ModularModel.load(folder / "m")
-    evaluate_model(model, corpora, monolith=experts_path / "code", progress=False)
+    evaluate_model(
+        *(model, corpora),
+        monolith=experts_path / "code",
+        development=folder / "valid",
+        divergence_tokens=16,
+        gradients=True,
+        progress=False,
+    )
     return model
 
 
@@ -98,21 +104,30 @@ def test_is_one_file_that_needs_no_other(pages):
         "https:",
         "//",
         "src=",
-        "href=",
         "<script",
         "<link",
         "@import",
         "url(",
     ):
-        assert foreign not in re.sub(r'<div class="panel document">.*?</div>', "", html, flags=re.S)
+        assert foreign not in re.sub(r'<div class="document">.*?</div>', "", html, flags=re.S)
+
+
+def test_every_link_leads_to_a_section_of_the_page(pages):
+    html, _ = pages
+    links = re.findall(r'href="(.*?)"', html)
+    assert len(links) == len(set(links)) >= 9
+    assert {link.removeprefix("#") for link in links} == set(
+        re.findall(r'<section id="(.*?)">', html)
+    )
 
 
 def test_html_is_well_formed(pages):
     html, _ = pages
     assert html.startswith("<!doctype html>")
-    assert len(read_html(html)) >= 7
+    assert len(read_html(html)) >= 14
     figures = re.findall(r"<svg.*?</svg>", html, re.S)
-    assert len(figures) == 5
+    # worst case 2, one pair, gate, switch, removal, divergence 2, gradients, solver 2
+    assert len(figures) == 11
     for figure in figures:
         root = ElementTree.fromstring(figure)
         assert root.attrib["role"] == "img"
@@ -126,18 +141,92 @@ def test_html_and_markdown_print_the_same_tables(pages):
     assert read_html(html) == read_markdown(markdown)
 
 
+def table_of(page, *, column, rows):
+    """Return the first table with a column and so many rows, by the name of the row."""
+    for table in read_html(page):
+        if column in table[0] and len(table) == rows + 1:
+            return {row[0]: row[1:] for row in table[1:]}
+    raise AssertionError(f"no table of {rows} rows with a column {column}")
+
+
 def test_tables_hold_the_evaluation(model, pages):
-    tables = read_html(pages[0])
     evaluation = Evaluation.load(model.path)
-    losses = {row[0]: row[1:] for row in tables[1][1:]}
+    losses = table_of(pages[0], column="mean", rows=len(evaluation.systems))
     for system in evaluation.systems:
-        assert losses[system.label] == [f"{d.nll_per_token:.3f}" for d in system.domains]
+        own = [d.nll_per_token for d in system.domains]
+        assert losses[system.label] == [f"{v:.3f}" for v in (*own, sum(own) / len(own))]
+    worst = table_of(pages[0], column="worst domain", rows=len(evaluation.systems))
+    for system in evaluation.systems:
+        assert worst[system.label][0] == minus(str(system.worst_excess_per_document))
+    removed = table_of(pages[0], column="without code", rows=2)
+    for d, domain in enumerate(evaluation.domains):
+        values = (evaluation.forgetting.whole[d], *evaluation.forgetting.without[d])
+        assert removed[domain] == [f"{value:.3f}" for value in values]
+    switch = table_of(pages[0], column="second half", rows=len(evaluation.switch.systems))
+    for result in evaluation.switch.systems:
+        assert switch[result.system][:2] == [f"{result.before:.3f}", f"{result.after:.3f}"]
+    apart = table_of(pages[0], column="code, prose", rows=2)
+    for d, domain in enumerate(evaluation.domains):
+        together = evaluation.divergence.together[d]
+        assert apart[domain] == [
+            f"{together:.3f}",
+            f"{evaluation.divergence.pairwise[d][0][1]:.3f}",
+        ]
     assert model.sentence() in pages[1]
+    for note in evaluation.notes:
+        assert note in pages[1]
 
 
-def test_emphasis_is_on_the_robust_mixture_alone(pages):
+def test_emphasis_is_on_the_model_alone(pages):
     bold = re.findall(r"^\| \*\*(.+?)\*\* \|", pages[1], re.MULTILINE)
     assert set(bold) == {"robust Bayes mixture"}
+
+
+def test_the_best_that_is_not_told_the_domain_is_marked_in_every_column(model, pages):
+    evaluation = Evaluation.load(model.path)
+    start = pages[1].index("Every system on every domain")
+    lines = [line for line in pages[1][start:].splitlines() if line.startswith("| ")]
+    rows = [line.strip(" |").split(" | ") for line in lines[1 : len(evaluation.systems) + 1]]
+    for d in range(len(evaluation.domains)):
+        shown = [f"{system.domains[d].nll_per_token:.3f}" for system in evaluation.systems]
+        fair = [v for v, system in zip(shown, evaluation.systems, strict=True) if system.fair]
+        for value, system, row in zip(shown, evaluation.systems, rows, strict=True):
+            best = system.fair and value == min(fair)
+            assert row[d + 1] == (f"**{value}**" if best else value)
+
+
+def test_an_expert_has_one_colour_everywhere(model, pages):
+    html, evaluation = pages[0], Evaluation.load(model.path)
+    palette = Palette(evaluation)
+    for name in evaluation.experts:
+        style = palette.expert(name)
+        assert f'<i class="{style}"></i>expert {name}' in html
+        assert f'<td class="chip {style}">expert {name}</td>' in html
+        others = set(re.findall(rf'<td class="chip (\w+)">expert {name}</td>', html))
+        assert others == {style}
+    best = evaluation.best_expert[0]
+    assert palette.domain(evaluation.domains[0]) == palette.expert(best)
+    assert palette.system(evaluation.system(evaluation.ours)) == "chosen"
+
+
+def test_pointing_at_a_token_shows_the_weights(model, pages):
+    trace = Trace.load(model.path)
+    notes = re.findall(r'<span class="(c\d+)" style="--w:([\d.]+)" data-w="(.*?)">', pages[0], re.S)
+    assert len(notes) == len(trace.tokens)
+    for (style, strength, note), weights in zip(notes, trace.weights, strict=True):
+        top = max(range(len(weights)), key=weights.__getitem__)
+        assert style == f"c{top}"
+        assert strength == f"{weights[top]:.2f}"
+        assert note.splitlines()[0] == f"{weights[top]:.3f} {trace.experts[top]}"
+
+
+def test_numbers_to_see_first_are_those_of_the_evaluation(model, pages):
+    evaluation = Evaluation.load(model.path)
+    ours, monolith = evaluation.system(evaluation.ours), evaluation.system("monolith")
+    difference = ours.mean_nll_per_token - monolith.mean_nll_per_token
+    values = re.findall(r"^- .+: \*\*(.+)\*\* \(", pages[1], re.MULTILINE)
+    assert values[0] == f"{model.certificate.worst_case:.3f}"
+    assert values[3] == minus(f"{difference:+.3f}")
 
 
 def test_a_report_without_uniform_baseline_is_written(model, corpora, tmp_path):
@@ -147,10 +236,16 @@ def test_a_report_without_uniform_baseline_is_written(model, corpora, tmp_path):
         experts=model.open_experts(),
     )
     evaluate_model(
-        copy, corpora, store=model.path / "scores", baselines=("oracle",), progress=False
+        *(copy, corpora),
+        store=model.path / "scores",
+        baselines=("oracle",),
+        divergence_tokens=0,
+        progress=False,
     )
     html = write_report(tmp_path / "m", tmp_path / "out").read_text()
-    assert "uniform Bayes mixture" not in html
+    for absent in ("uniform Bayes mixture", "How different the experts are", "expert code</td>"):
+        assert absent not in html
+    read_html(html)
 
 
 def test_a_model_that_was_not_evaluated_is_refused(model, tmp_path):
@@ -180,11 +275,11 @@ def test_mixed_document_takes_pieces_at_equal_distances():
     assert [name for name, _ in mixed_document(corpora[:2])[1]] == ["a", "b"]
 
 
-def test_trace_holds_the_posterior_before_every_token(experts_path, tmp_path):
+def test_trace_holds_the_posterior_before_every_token(model, experts_path, tmp_path):
     experts = ExpertSet.open(experts_path)
     corpora = [Corpus.of("one", ["def ä return\nyield"]), Corpus.of("two", ["the <river>\nran"])]
-    prior = torch.tensor([0.7, 0.3], dtype=torch.float64)
-    trace = trace_gate(BayesGate(prior), experts, corpora, progress=False)
+    prior = model.prior
+    trace = trace_gate(model, experts, corpora, progress=False)
     text, _ = mixed_document(corpora)
     store = score(experts, [Corpus.of("doc", [text])], tmp_path, progress=False)
     log_probs = store.token_log_probs("doc").double()
@@ -204,49 +299,28 @@ def test_trace_holds_the_posterior_before_every_token(experts_path, tmp_path):
     assert Trace.load(tmp_path) == trace
 
 
-def test_bars_are_as_long_as_their_values():
-    figure = bars("t", [Bar("a", 2, 1, 3, "2", "c0"), Bar("b", -1, -2, 0, "-1", "c1")], x_label="x")
-    first, second = ElementTree.fromstring(figure).findall("rect")
-    assert float(first.get("width")) == pytest.approx(2 * float(second.get("width")), rel=1e-2)
-    end = float(second.get("x")) + float(second.get("width"))
-    assert end == pytest.approx(float(first.get("x")), abs=0.11)  # both start at zero
-
-
-def test_lines_leave_out_what_a_logarithm_cannot_show():
-    figure = lines(
-        "t", [Line("gap", [math.inf, 1.0, 0.1, 0.0], "c0")], x_label="x", y_label="y", log=True
-    )
-    (path,) = [
-        p
-        for p in ElementTree.fromstring(figure).findall("path")
-        if "line" in p.get("class") and "axis" not in p.get("class")
-    ]
-    assert path.get("d").count("L") == 1
-
-
-def test_areas_fill_the_figure():
-    figure = areas("t", [(0.25, 0.75), (1.0, 0.0)], ["a", "b"], [("x", 0)], x_label="token")
-    paths = [
-        p.get("d")
-        for p in ElementTree.fromstring(figure).findall("path")
-        if p.get("class").startswith("area")
-    ]
-    heights = [{float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", d)} for d in paths]
-    assert min(heights[0]) == min(heights[1])  # both reach 1
-    assert max(heights[0]) > max(heights[1])  # only the first stands on 0
+def test_stats_and_groups_of_a_page(tmp_path):
+    page = Page("t", "lead", "head", (), "end", stats=(Stat("name", "-1.5", "a & b"),))
+    html = page.write(tmp_path).read_text()
+    assert "<dd>\N{MINUS SIGN}1.5</dd>" in html
+    assert "a &amp; b" in html
+    markdown = (tmp_path / "report.md").read_text()
+    assert "- name: **\N{MINUS SIGN}1.5** (a & b)" in markdown
 
 
 def test_says_on_how_many_domains_each_rival_loses(model, pages):
     evaluation = Evaluation.load(model.path)
     own = evaluation.system("robust Bayes mixture").domains
     counts = []
-    for name in ("monolith", "static uniform mixture", "uniform Bayes mixture"):
+    names = ("monolith", "static uniform mixture", "previous-token gate", "uniform Bayes mixture")
+    for name in names:
         rival = evaluation.system(name).domains
-        wins = [a.nll_per_token < b.nll_per_token for a, b in zip(own, rival, strict=True)]
+        wins = [b.nll_per_token - a.nll_per_token > 5e-4 for a, b in zip(own, rival, strict=True)]
         counts.append(f"the {name} on {sum(wins)}")
     assert (
-        f"Of 2 domains, the robust mixture has a lower loss than {', '.join(counts)}." in pages[1]
-    )
+        "Of 2 domains, the robust Bayes mixture has a lower loss (by 0.0005 nats per token or "
+        f"more) than {', '.join(counts)}."
+    ) in pages[1]
 
 
 def test_says_so_when_the_solution_is_the_uniform_prior(model, pages):

@@ -182,7 +182,7 @@ def test_logits_that_are_not_finite_stop_with_the_document_named(
     experts_path: Path, tmp_path: Path, value: float
 ) -> None:
     """One token's embedding is spoiled, so the first document that holds it is the culprit."""
-    bad = Path(shutil.copytree(experts_path / "code", tmp_path / "bad"))
+    bad = Path(shutil.copytree(experts_path / "code", tmp_path / "worse"))
     experts = ExpertSet.open(experts_path / "code")
     documents = [*make_documents("code", 3), "a ~ b", *make_documents("code", 2, seed=1)]
     (tilde,) = {*encode(experts.tokenizer, ["~"]).ids.tolist()[1:-1]}
@@ -191,12 +191,12 @@ def test_logits_that_are_not_finite_stop_with_the_document_named(
     save_file(weights, bad / "model.safetensors", {"format": "pt"})
     corpus = Corpus.of("mixed", documents)
     with pytest.raises(
-        ValueError, match=r"expert 'bad' gives log-probability nan.* document 3 of corpus 'mixed'"
+        ValueError, match=r"expert 'worse' gives log-probability nan.* document 3 of corpus 'mixed'"
     ):
         score(ExpertSet.open([experts_path / "code", bad]), [corpus], tmp_path / "store", **SMALL)
     store = LogProbStore.open(tmp_path / "store")
     assert store.token_log_probs("mixed", ["code"]).isfinite().all()
-    assert not any(shard.path.exists() for shard in store.shards("bad", "mixed")[:1])
+    assert not any(shard.path.exists() for shard in store.shards("worse", "mixed")[:1])
 
 
 def test_a_model_that_looks_ahead_is_refused(

@@ -19,24 +19,49 @@ def evaluate(
         Path | None, typer.Option(help="Log-prob store to use and fill; default: in the model.")
     ] = None,
     baselines: Annotated[
-        str, typer.Option(help="all, none, or some of experts,oracle,static,uniform.")
+        str,
+        typer.Option(
+            help="all, none, or some of experts, oracle, bounds, static, previous, uniform, "
+            "cached, updating, share, soup, with commas."
+        ),
     ] = "all",
     monolith: Annotated[
-        Path | None, typer.Option(help="Checkpoint of one model trained on everything.")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FOLDER...",
+            help="Checkpoints of single models trained on everything, to compare with.",
+        ),
     ] = None,
+    development: Annotated[
+        Path | None,
+        typer.Option(help="Scores of other documents, such as those of the fit: cached prior."),
+    ] = None,
+    share: Annotated[float, typer.Option(help="Of the fixed-share mixture.")] = 0.01,
+    divergence_tokens: Annotated[
+        int, typer.Option(help="Tokens a domain to measure the experts' divergence on; 0: don't.")
+    ] = 256,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Measure the conflict of a monolith's gradients.")
+    ] = False,
     as_json: Json = False,
 ) -> Answer:
     """Evaluate a modular model on held-out documents of every domain."""
-    from robustgate.lm.evaluate import BASELINES, evaluate_model
+    from robustgate.lm.evaluate import evaluate_model
     from robustgate.lm.modular import ModularModel
+    from robustgate.lm.systems import BASELINES
 
-    chosen = {"all": list(BASELINES), "none": []}.get(baselines, baselines.split(","))
+    named = [name.strip() for name in baselines.split(",")]
+    chosen = {"all": list(BASELINES), "none": []}.get(baselines, named)
     evaluation = evaluate_model(
         ModularModel.load(model),
         parse_domains(domain),
         store=store,
+        monolith=parse_monoliths(monolith or []),
         baselines=chosen,
-        monolith=monolith,
+        development=development,
+        divergence_tokens=divergence_tokens,
+        gradients=gradients,
+        share=share,
     )
     return Answer(evaluation.to_json(), evaluation_tables(evaluation))
 
@@ -53,3 +78,20 @@ def report(
     index = write_report(run, out)
     files = {"html": str(index), "markdown": str(index.with_name("report.md"))}
     return Answer(files, (f"{files['html']}\n{files['markdown']}",))
+
+
+def parse_monoliths(given: list[str]) -> dict[str, Path]:
+    """Read ``NAME=FOLDER`` or ``FOLDER``; one without a name is called ``monolith``.
+
+    Raises:
+        ValueError: A name comes twice, or a part is empty.
+    """
+    monoliths: dict[str, Path] = {}
+    for pair in given:
+        name, equals, path = pair.partition("=")
+        if not equals:
+            name, path = "monolith", pair
+        if not name or not path or name in monoliths:
+            raise ValueError(f"--monolith: expected [NAME=]FOLDER, each name once, got {pair!r}")
+        monoliths[name] = Path(path)
+    return monoliths

@@ -159,6 +159,7 @@ def _run(
         list(corpora["test"].values()),
         store=folder / "scores" / "test",
         monolith=monolith.path,
+        development=store,
         progress=progress,
     )
 

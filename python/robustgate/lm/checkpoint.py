@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -101,6 +102,27 @@ def checkpoint_sha256(path: Path, *, progress: bool = False) -> str:
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             bar.advance()
     return digest.hexdigest()
+
+
+def parameter_count(path: Path) -> int:
+    """Return how many weights a checkpoint holds, from its files' headers.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Returns:
+        The number; a weight that two layers share counts once.
+
+    Raises:
+        FileNotFoundError: as for ``weight_files``.
+        ValueError: as for ``weight_files``.
+    """
+    count = 0
+    for file in weight_files(path):
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    return count
 
 
 def read_config(path: Path) -> PreTrainedConfig:

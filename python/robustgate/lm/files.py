@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import importlib
 import json
@@ -162,10 +163,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise FileExistsError(f"{path}: already exists; delete it first or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    for other in path.parent.iterdir():
-        if other == temporary or (other.name.startswith(f".{path.name}.") and _abandoned(other)):
-            shutil.rmtree(other)
+    temporary = _fresh(path)
     temporary.mkdir()
     try:
         with explain_full_disk(path):
@@ -177,6 +175,24 @@ def new_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     fsync(path.parent)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Lend a hidden folder beside ``path``, for trials on the same disk, and delete it at the end.
+
+    Args:
+        path: a file or folder, there or not.
+
+    Yields:
+        The folder. If this is killed, the next one for the same ``path`` deletes it.
+    """
+    temporary = _fresh(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_abandoned(folder: Path) -> int:
@@ -195,8 +211,11 @@ def remove_abandoned(folder: Path) -> int:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder; it vanishes by a rename first, so that nobody finds a part of it."""
-    hidden = _temporary(path)
+    """Delete a folder; it vanishes by a rename first, so that nobody finds a part of it.
+
+    What an earlier call for the same folder left when it was killed is deleted too.
+    """
+    hidden = _fresh(path)
     try:
         path.rename(hidden)
     except FileNotFoundError:
@@ -229,6 +248,15 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
 def _temporary(path: Path) -> Path:
     """Return a name beside ``path`` that says which process of which machine writes it."""
     return path.with_name(f".{path.name}.{socket.gethostname()}~{os.getpid()}~.tmp")
+
+
+def _fresh(path: Path) -> Path:
+    """Return the temporary name, after deleting what is left there from processes that are gone."""
+    temporary = _temporary(path)
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*~.tmp"):
+        if other == temporary or _abandoned(other):
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
+    return temporary
 
 
 def _abandoned(path: Path) -> bool:

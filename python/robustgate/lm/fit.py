@@ -1,40 +1,58 @@
-"""Fitting the robust prior to a log-prob store, and writing the modular model."""
+"""Fitting a gate to a log-prob store, and writing the modular model."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from torch import Tensor
 
-from robustgate import __version__
 from robustgate.game import certificate, robust_prior
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.files import sha256_json, write_atomic, write_json
-from robustgate.lm.modular import BASELINES, FORMAT, VERSION, CertificateRecord, ModularModel
+from robustgate.lm.features import FeatureSpec
+from robustgate.lm.gate_inputs import LONGEST, TOKENS, Packed
+from robustgate.lm.gates import GateKind, GateSpec, Network
+from robustgate.lm.modular import ExpertEntry, ModularModel
+from robustgate.lm.publish import check_place, publish, store_sha256
+from robustgate.lm.records import BASELINES, Baseline, CertificateRecord
+from robustgate.lm.samplers import ExpertSamplers
+from robustgate.lm.sequence_fit import fit_sequence_gate
 from robustgate.lm.store import LogProbStore
+from robustgate.lm.token_fit import fit_token_gate
 
 
 def fit(
     store: LogProbStore,
     out: str | os.PathLike[str],
     *,
+    gate: GateKind = "prior",
     experts: ExpertSet | None = None,
-    baseline: str = "hindsight",
+    baseline: Baseline = "hindsight",
     delta: float = 0.01,
     tol: float = 1e-6,
+    network: Network | None = None,
+    features: FeatureSpec | None = None,
+    steps: int = 1000,
+    span: int = 64,
+    seed: int = 0,
+    progress: bool = True,
 ) -> ModularModel:
-    """Fit the robust prior to everything a store holds and write the modular model.
+    """Fit the robust prior, and a gate that starts from it, to everything a store holds.
+
+    The prior comes with a certificate. ``"prior"`` stops there: the gate is its Bayes gate.
+    ``"token"`` trains a causal gate from there (``token_fit.fit_token_gate``), ``"sequence"`` a
+    gate of whole documents (``sequence_fit.fit_sequence_gate``), on three quarters of each domain's
+    documents; the others decide whether it is kept. The certificate stays that of the prior.
 
     Args:
         store: Log-probabilities of the experts on one corpus per domain.
         out: Folder of the model, made or replaced.
+        gate: ``"prior"``, ``"token"`` or ``"sequence"``.
         experts: The checkpoints, checked against the store and remembered in the model; without
-            them the model can be evaluated only where they are given.
+            them the model can be evaluated only where they are given. A sequence gate needs them.
         baseline: ``"hindsight"``, ``"excess"`` or ``"raw"``, see ``CertificateRecord``. Measured
             with hindsight a document's loss lies between 0 and ``-log min_k w_k``; measured as
             excess it has the scale of a log-likelihood ratio, hundreds of nats, and a single odd
@@ -42,12 +60,20 @@ def fit(
         delta: Share of the uniform prior mixed into the solution, in (0, 1).
         tol: Largest gap between the certificate's bounds, in nats per document.
 
+    Other:
+        network: Of a learned gate; ``Network()`` unless given.
+        features: What a token gate reads, of those that the store holds; none unless given.
+        steps: Of training, at most.
+        span: Tokens of a document that a sequence gate looks at.
+        seed: Of split, network, batches and samples.
+        progress: Show a bar for training that takes longer than two seconds.
+
     Returns:
         The model, as read back from ``out``.
 
     Raises:
-        ValueError: The store is empty, an expert is another one than it scored, or an argument is
-            out of range.
+        ValueError: The store is empty or lacks features, an expert is another one than it scored,
+            or an argument is out of range.
         FileExistsError: ``out`` holds other files.
         OSError: A file could not be written; a model that was there stays whole.
 
@@ -61,96 +87,96 @@ def fit(
     if not names or not store.corpora:
         raise ValueError(f"{store.path}: holds no scored experts and corpora; score some first")
     folder = Path(out)
-    entries = _entries(store, experts, folder)
+    check_place(folder)
+    entries = _entries(store, experts)
+    shape = network or Network()
     log_probs = {name: store.document_log_probs(name, names) for name in store.corpora}
-    hindsight = torch.stack([-part.amax(dim=1).mean() for part in log_probs.values()])  # [D]
-    offset = hindsight if baseline == "hindsight" else baseline
-    solution = robust_prior(log_probs, baseline=offset, tol=tol)
+    model = _fit_prior(log_probs, folder, entries, store, baseline, delta, tol)
+    training: dict[str, Any] = {"steps": steps, "seed": seed, "progress": progress}
+    if gate == "token":
+        spec = GateSpec("token", network=shape, features=features or FeatureSpec())
+        documents = _read(store, names, spec, LONGEST, seed)
+        model = model.with_gate(fit_token_gate(documents, model.prior, spec, **training))
+    elif gate == "sequence":
+        if experts is None:
+            raise ValueError("experts: a sequence gate is trained on their samples; give them")
+        spec = GateSpec("sequence", network=shape, span=span)
+        samplers = ExpertSamplers(experts, span).samplers()
+        documents = _read(store, names, spec, span, seed)
+        model = model.with_gate(
+            fit_sequence_gate(documents, model.prior, spec, samplers, **training)
+        )
+    elif gate != "prior":
+        raise ValueError(f"gate: expected prior, token or sequence, got {gate!r}")
+    return publish(model)
+
+
+def _fit_prior(
+    log_probs: Mapping[str, Tensor],  # D x [n_d, K]
+    folder: Path,
+    entries: tuple[ExpertEntry, ...],
+    store: LogProbStore,
+    baseline: Baseline,
+    delta: float,
+    tol: float,
+) -> ModularModel:
+    """Return the model of the floored robust prior, with its certificate."""
+    solution = robust_prior(log_probs, baseline=baseline, tol=tol)
     shipped = solution.floor(delta)
     proof = certificate(log_probs, shipped.prior, solution.mixture, baseline=solution.baseline)
+    counts = tuple(len(part) for part in log_probs.values())
     record = CertificateRecord(
         baseline=baseline,
-        documents=sum(len(part) for part in log_probs.values()),
+        documents=sum(counts),
         lower_bound=solution.lower_bound,
         upper_bound=solution.upper_bound,
         worst_case=proof.upper_bound,
         delta=delta,
         guarantee=shipped.guarantee,
     )
-    tensors = {
-        "prior": shipped.prior,
-        "mixture": solution.mixture,
-        "baseline": solution.baseline,
-        "lower_bound": torch.tensor([step.lower_bound for step in solution.trajectory]).double(),
-        "upper_bound": torch.tensor([step.upper_bound for step in solution.trajectory]).double(),
-        "mixtures": torch.stack([step.mixture for step in solution.trajectory]),
-    }
-    content = save(tensors)
-    sha256 = hashlib.sha256(content).hexdigest()
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "robustgate": __version__,
-        "experts": entries,
-        "tokenizer_sha256": store.tokenizer_sha256,
-        "domains": list(log_probs),
-        "gate": {"file": f"gate-{sha256[:8]}.safetensors", "sha256": sha256},
-        "certificate": asdict(record),
-        "store_sha256": store_sha256(store),
-    }
-    _publish(folder, content, manifest)
-    return ModularModel.load(folder)
-
-
-def store_sha256(store: LogProbStore) -> str:
-    """Return the hash of what a store holds: its tokenizer, experts and corpora."""
-    return sha256_json(
-        {
-            "tokenizer": store.tokenizer_sha256,
-            "experts": {name: store.expert_sha256(name) for name in store.experts},
-            "corpora": {name: asdict(store.corpus(name)) for name in store.corpora},
-        }
+    bounds = [(step.lower_bound, step.upper_bound) for step in solution.trajectory]
+    lower, upper = torch.tensor(bounds, dtype=torch.float64).unbind(dim=1)
+    return ModularModel(
+        path=folder,
+        experts=entries,
+        tokenizer_sha256=store.tokenizer_sha256,
+        domains=tuple(log_probs),
+        prior=shipped.prior,
+        mixture=solution.mixture,
+        baseline=solution.baseline,
+        trajectory={
+            "lower_bound": lower,
+            "upper_bound": upper,
+            "mixtures": torch.stack([step.mixture for step in solution.trajectory]),
+        },
+        certificate=record,
+        store_sha256=store_sha256(store),
+        documents=counts,
     )
 
 
-def _entries(
-    store: LogProbStore, experts: ExpertSet | None, folder: Path
-) -> list[dict[str, str | None]]:
-    """Return the manifest's entries of the experts, checked against the store."""
+def _read(
+    store: LogProbStore, experts: tuple[str, ...], spec: GateSpec, longest: int, seed: int
+) -> dict[str, Packed]:
+    """Return documents of every domain to train a gate on and to judge it by."""
+    return {
+        corpus: Packed.read(
+            store, corpus, experts, spec.features, tokens=TOKENS, longest=longest, seed=seed
+        )
+        for corpus in store.corpora
+    }
+
+
+def _entries(store: LogProbStore, experts: ExpertSet | None) -> tuple[ExpertEntry, ...]:
+    """Return the experts of the model, checked against the store."""
     if experts is None:
-        return [
-            {"name": name, "sha256": store.expert_sha256(name), "path": None}
-            for name in store.experts
-        ]
+        return tuple(ExpertEntry(name, store.expert_sha256(name), None) for name in store.experts)
     for name in experts.names:
         if experts.sha256(name) != store.expert_sha256(name):
             raise ValueError(
                 f"{experts.path(name)}: expert {name!r} is another checkpoint than the one whose "
                 f"scores {store.path} holds; score it again"
             )
-    return [
-        {
-            "name": name,
-            "sha256": experts.sha256(name),
-            "path": Path(os.path.relpath(experts.path(name), folder)).as_posix(),
-        }
-        for name in experts.names
-    ]
-
-
-def _publish(folder: Path, gate: bytes, manifest: dict[str, Any]) -> None:
-    """Write the files of a model so that a kill at any point leaves the old one or the new one.
-
-    The manifest names the gate's file by its hash and is what makes a model: the new gate comes
-    before it, the old gate goes after it. Evaluations of the old model go first.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "manifest.json").exists() and any(folder.glob("[!.]*")):
-        raise FileExistsError(f"{folder}: holds other files; choose another folder")
-    write_atomic(folder / manifest["gate"]["file"], gate)
-    for name in ("evaluation.json", "trace.json"):
-        (folder / name).unlink(missing_ok=True)
-    write_json(folder / "manifest.json", manifest)
-    for file in folder.glob("gate-*.safetensors"):
-        if file.name != manifest["gate"]["file"]:
-            file.unlink()
+    return tuple(
+        ExpertEntry(name, experts.sha256(name), experts.path(name)) for name in experts.names
+    )

@@ -1,13 +1,16 @@
-"""Token log-probabilities of encoded documents under one model."""
+"""What models say about the tokens of encoded documents: log-probabilities and features."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from robustgate.lm.features import FeatureSpec, expert_columns, uniform_jsd
 from robustgate.lm.progress import ProgressBar
+from robustgate.lm.shards import LOG_PROBS
 from robustgate.lm.tokenizer import Tokens
 from robustgate.lm.windows import plan_batches, plan_windows
 from robustgate.ops.expert_log_prob import expert_log_prob
@@ -38,7 +41,6 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
         )
 
 
-@torch.inference_mode()
 def token_log_probs(
     model: PreTrainedModel,
     tokens: Tokens,
@@ -51,60 +53,118 @@ def token_log_probs(
 ) -> Tensor:  # [gold tokens]
     """Return ``log p(x_t | x_<t)`` of every token but the BOS of each document.
 
+    Arguments as in ``read_documents``.
+
+    Returns:
+        float32 [gold tokens] on the CPU, document after document (``tokens.gold_offsets``).
+    """
+    columns, _ = read_documents(
+        [model],
+        tokens,
+        FeatureSpec(),
+        vocab_size=vocab_size,
+        window=window,
+        stride=max(1, window // 2) if stride is None else stride,
+        batch_tokens=batch_tokens,
+        bar=bar,
+    )
+    return columns[0][LOG_PROBS]
+
+
+@torch.inference_mode()
+def read_documents(
+    models: Sequence[PreTrainedModel],
+    tokens: Tokens,
+    spec: FeatureSpec,
+    *,
+    vocab_size: int,
+    window: int,
+    stride: int,
+    batch_tokens: int = 4096,
+    bar: ProgressBar | None = None,
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:  # [gold tokens] or [gold tokens, h]
+    """Return what models say about every token but the BOS of each document.
+
     Windows of similar length share a batch, padded on the right: a causal model never looks
     there, so no mask is needed. The output layer runs on the scored positions alone.
 
     Args:
-        model: a causal language model in evaluation mode, on any device.
+        models: causal language models in evaluation mode, on any one device.
         tokens: encoded documents.
+        spec: features wanted beside the log-probabilities.
         vocab_size: V; further logit columns are padding.
-        window: how many tokens the model reads at once.
+        window: how many tokens a model reads at once.
+        stride: by how much the window moves along a longer document.
 
     Other:
-        stride: by how much the window moves along a longer document; half of it if left out.
         batch_tokens: the most inputs in one batch, padding included.
-        bar: advanced by the tokens scored.
+        bar: advanced by the tokens scored, once for each model.
 
     Returns:
-        float32 [gold tokens] on the CPU, document after document (``tokens.gold_offsets``).
+        For each model its log-probabilities, under ``LOG_PROBS``, and its columns of features,
+        under ``spec.kinds``; and what they say together: ``jsd`` if asked for. Tensors lie on the
+        CPU, document after document (``tokens.gold_offsets``).
 
     Source:
         https://huggingface.co/docs/transformers/perplexity (strided windows)
     """
     gold_offsets = tokens.gold_offsets
-    windows = plan_windows(
-        gold_offsets.diff(), window, max(1, window // 2) if stride is None else stride
-    )
-    out = torch.empty(int(gold_offsets[-1]), dtype=torch.float32)
+    windows = plan_windows(gold_offsets.diff(), window, stride)
+    own: list[dict[str, Tensor]] = [{} for _ in models]
+    together: dict[str, Tensor] = {}
     for batch in plan_batches(windows[:, 2] - windows[:, 1], batch_tokens):
         document, start, end, scored = windows[batch].unbind(1)  # [B] each
         width = int((end - start).max())
         position = start.unsqueeze(1) + torch.arange(width)  # [B, width]
         kept = (position >= scored.unsqueeze(1)) & (position < end.unsqueeze(1))
         place = tokens.offsets[document].unsqueeze(1) + position.minimum(end.unsqueeze(1) - 1)
-        logits = _logits(model, tokens.ids[place], kept)  # [n, >= V]
-        target = tokens.ids[place[kept] + 1].to(logits.device)
-        value = expert_log_prob([logits], target, vocab_size=vocab_size)  # [n, 1]
-        out[(gold_offsets[document].unsqueeze(1) + position)[kept]] = value[:, 0].float().cpu()
-        if bar is not None:
-            bar.advance(len(target))
-    return out
+        rows = (gold_offsets[document].unsqueeze(1) + position)[kept]  # [n]
+        inputs, target = tokens.ids[place], tokens.ids[place[kept] + 1]
+        seen = []
+        for model, columns in zip(models, own, strict=True):
+            logits, hidden = _logits(model, inputs, kept)  # [n, >= V], [n, H]
+            gold = expert_log_prob([logits], target.to(logits.device), vocab_size=vocab_size)
+            values = {LOG_PROBS: gold[:, 0], **expert_columns(spec, logits, hidden, vocab_size)}
+            _place(columns, values, rows, int(gold_offsets[-1]))
+            if spec.jsd:
+                seen.append(logits)
+            if bar is not None:
+                bar.advance(len(target))
+        if spec.jsd:
+            _place(together, {"jsd": uniform_jsd(seen, vocab_size)}, rows, int(gold_offsets[-1]))
+    return own, together
+
+
+def _place(
+    columns: dict[str, Tensor],
+    values: dict[str, Tensor],  # [n] or [n, h]
+    rows: Tensor,  # [n]
+    tokens: int,
+) -> None:
+    """Write the values of one batch where they belong: float32, or int32 for token numbers."""
+    for kind, value in values.items():
+        dtype = torch.float32 if value.is_floating_point() else torch.int32
+        if kind not in columns:
+            columns[kind] = torch.empty(tokens, *value.shape[1:], dtype=dtype)
+        columns[kind][rows] = value.to("cpu", dtype)
 
 
 def _logits(
     model: PreTrainedModel,
     inputs: Tensor,  # [B, T]
     kept: Tensor,  # [B, T] bool
-) -> Tensor:  # [n, >= V]
-    """Return the logits at the kept positions, computing no others.
+) -> tuple[Tensor, Tensor]:  # [n, >= V], [n, H]
+    """Return the logits at the kept positions, computing no others, and what they come from.
 
     The selection happens where the output layer receives its input, so that whatever the model
     does to the logits afterwards (soft-capping, scaling) still applies.
     """
     rows = kept.to(model.device)
+    hidden: list[Tensor] = []
 
     def select(layer: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (arguments[0][rows], *arguments[1:])
+        hidden.append(arguments[0][rows])
+        return (hidden[-1], *arguments[1:])
 
     head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     hook = head.register_forward_pre_hook(select)
@@ -112,4 +172,4 @@ def _logits(
         logits: Tensor = model(input_ids=inputs.to(model.device), use_cache=False).logits
     finally:
         hook.remove()
-    return logits
+    return logits, hidden[-1]

@@ -41,9 +41,11 @@ class ExpertEntry:
 
     Attributes:
         sha256: hash of its configuration and weights.
+        dtype: type its weights were converted to, such as ``"bfloat16"``; ``None`` for their own.
     """
 
     sha256: str
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,14 @@ class Manifest:
         tokenizer_sha256: hash of the tokenizer all log-probabilities belong to.
         corpora: by name.
         experts: by name.
+        joint: sorted names of experts with features of their own as a set, by the name of the
+            folder that holds these.
     """
 
     tokenizer_sha256: str
     corpora: dict[str, CorpusEntry]
     experts: dict[str, ExpertEntry]
+    joint: dict[str, list[str]]
 
     def corpus(self, name: str) -> CorpusEntry:
         """Return the entry of a corpus, or raise ``ValueError`` with the names there are."""
@@ -104,6 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
             content["tokenizer_sha256"],
             {name: CorpusEntry(**entry) for name, entry in content["corpora"].items()},
             {name: ExpertEntry(**entry) for name, entry in content["experts"].items()},
+            {name: list(experts) for name, experts in content.get("joint", {}).items()},
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -3,8 +3,9 @@
 ::
 
     modular/
-      manifest.json                experts with paths and hashes, tokenizer, certificate, store
-      gate-<hash>.safetensors      prior, mixture, and the solver's trajectory
+      manifest.json                experts with paths and hashes, tokenizer, the gate's make,
+                                   certificate, what training found, store
+      gate-<hash>.safetensors      prior, mixture, the solver's trajectory, the gate's parameters
       evaluation.json, trace.json  written by ``robustgate evaluate``
 """
 
@@ -13,61 +14,26 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.files import read_json
+from robustgate.lm.files import first_line, read_json
+from robustgate.lm.gates import BayesOptions, Gate, GateKind, GateSpec
+from robustgate.lm.records import BASELINES, CertificateRecord, GateFit, TrainingRecord
+
+if TYPE_CHECKING:
+    from robustgate.lm.features import FeatureSpec
 
 FORMAT = "robustgate modular model"
-VERSION = 1
-
-BASELINES = {
-    "hindsight": " more than choosing the best expert for every single document with hindsight",
-    "excess": " more than the best expert of each document's domain",
-    "raw": "",
-}
-"""What a certificate can measure from, and how its sentence says so."""
-
-
-@dataclass(frozen=True)
-class CertificateRecord:
-    """The numbers of a certificate as the manifest keeps them, in nats per document.
-
-    The loss of domain ``d`` is ``l_d(w) = E_x[-log sum_k w_k exp L_k(x)] - b_d``, over the
-    documents the prior was fitted on; the worst case is the maximum of
-    ``sum_d lambda_d l_d(w)`` over all mixtures ``lambda``.
-
-    Attributes:
-        baseline: What ``b_d`` is: ``"hindsight"`` for ``E_x[-max_k L_k(x)]``, the best expert of
-            every single document; ``"excess"`` for ``min_k E_x[-L_k(x)]``, the best expert of the
-            domain; ``"raw"`` for 0. The first is the smaller of the two, so its certificate holds
-            for the second as well.
-        documents: Documents the prior was fitted on.
-        lower_bound: No prior over these experts has a smaller worst case.
-        upper_bound: The solver's prior has no larger worst case.
-        worst_case: Worst case of the prior in this model, after its floor.
-        delta: The floor: ``w = (1 - delta) w* + delta / K``.
-        guarantee: On every document whatsoever this model loses at most so much against every
-            expert, ``-log min_k w_k``.
-    """
-
-    baseline: str
-    documents: int
-    lower_bound: float
-    upper_bound: float
-    worst_case: float
-    delta: float
-    guarantee: float
-
-    @property
-    def gap(self) -> float:
-        """Return ``upper_bound - lower_bound``."""
-        return self.upper_bound - self.lower_bound
+VERSION = 2
+PARAMETERS = "parameters."
+"""What the names of a learned gate's tensors begin with, in the gate's file."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +53,10 @@ class ExpertEntry:
 
 @dataclass(frozen=True, eq=False)
 class ModularModel:
-    """A robust prior over frozen experts.
+    """Frozen experts, a certified robust prior over them, and the gate that starts from it.
+
+    The certificate is that of the prior. A learned gate was trained and kept for what it does on
+    held-out documents (``training``); nothing is proven of it.
 
     Attributes:
         path: Its folder.
@@ -101,6 +70,11 @@ class ModularModel:
             ``[I, D]``, float64.
         certificate: What is proven.
         store_sha256: Hash of what the store held when it was fitted.
+        spec: What the gate is made of.
+        parameters: Of a learned gate, its ``state_dict``.
+        training: Of a learned gate, what its training found.
+        documents: Documents of each domain that the prior was fitted on, ``[D]``; empty for a
+            model that was written before they were counted.
     """
 
     path: Path
@@ -113,6 +87,44 @@ class ModularModel:
     trajectory: Mapping[str, Tensor]
     certificate: CertificateRecord
     store_sha256: str
+    spec: GateSpec = field(default_factory=GateSpec)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    training: TrainingRecord | None = None
+    documents: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> GateKind:
+        """``"prior"``, ``"token"`` or ``"sequence"``."""
+        return self.spec.kind
+
+    @property
+    def features(self) -> FeatureSpec:
+        """What the gate is told before each token; all off for ``"prior"``."""
+        return self.spec.features
+
+    @property
+    def bayes(self) -> BayesOptions:
+        """Options of the Bayes gate, that of a token gate included."""
+        return self.spec.bayes
+
+    def gate(self) -> Gate:
+        """Return the gate, in evaluation mode.
+
+        Returns:
+            By kind a ``BayesGate``, a ``TokenGate`` (whose ``context`` is the width of
+            ``features``) or a ``SequenceGate`` (whose inputs are ``gates.document_features``).
+        """
+        with torch.random.fork_rng(devices=[]):  # of the initial numbers, which are replaced
+            gate = self.spec.build(self.prior)
+        if self.kind != "prior":
+            gate.load_state_dict(dict(self.parameters))
+        return gate.eval().requires_grad_(False)
+
+    def with_gate(self, fitted: GateFit) -> ModularModel:
+        """Return this model with a learned gate; the prior and its certificate stay."""
+        state = fitted.gate.state_dict()
+        parameters = {name: value.detach().clone() for name, value in state.items()}
+        return replace(self, spec=fitted.spec, parameters=parameters, training=fitted.record)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,14 +154,18 @@ class ModularModel:
         manifest = read_json(file)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise ValueError(f"{file}: not the manifest of a {FORMAT}")
-        if manifest.get("version") != VERSION:
+        if manifest.get("version") not in range(1, VERSION + 1):
             raise ValueError(
-                f"{file}: version {manifest.get('version')}, but this release reads version "
+                f"{file}: version {manifest.get('version')}, but this release reads versions up to "
                 f"{VERSION}; upgrade robustgate, or fit again"
             )
         try:
             tensors = _read_gate(folder / manifest["gate"]["file"], manifest["gate"]["sha256"])
-            return cls(
+            own = {name for name in tensors if name.startswith(PARAMETERS)}
+            parameters = {name.removeprefix(PARAMETERS): tensors.pop(name) for name in sorted(own)}
+            spec = manifest["gate"].get("spec")  # version 1 knows the prior alone
+            training = manifest.get("training")
+            model = cls(
                 folder,
                 tuple(_entry(folder, expert) for expert in manifest["experts"]),
                 manifest["tokenizer_sha256"],
@@ -160,9 +176,15 @@ class ModularModel:
                 tensors,
                 CertificateRecord(**manifest["certificate"]),
                 manifest["store_sha256"],
+                GateSpec() if spec is None else GateSpec.from_json(spec),
+                parameters,
+                None if training is None else TrainingRecord.from_json(training),
+                tuple(manifest.get("documents", ())),
             )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file}: damaged ({error}); fit again") from error
+            model.gate()
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{file}: damaged ({first_line(error)}); fit again") from error
+        return model
 
     def open_experts(self) -> ExpertSet:
         """Open the experts' checkpoints, after checking that they are the ones of the fit.
@@ -198,6 +220,8 @@ class ModularModel:
             "prior": dict(zip(self.names, self.prior.tolist(), strict=True)),
             "mixture": dict(zip(self.domains, self.mixture.tolist(), strict=True)),
             "certificate": {**asdict(self.certificate), "sentence": self.sentence()},
+            "gate": self.spec.to_json(),
+            "training": None if self.training is None else asdict(self.training),
         }
 
     def sentence(self) -> str:

@@ -9,8 +9,11 @@ from pathlib import Path
 from robustgate import __version__
 from robustgate.lm.modular import ModularModel
 from robustgate.lm.page import Page, Section
+from robustgate.lm.palette import Palette
 from robustgate.lm.results import Evaluation
-from robustgate.lm.sections import by_domain, gate, provenance, solver, worst_case
+from robustgate.lm.sections import by_domain, headline_numbers, pairs, worst_case
+from robustgate.lm.sections_experts import differences, forgetting, provenance
+from robustgate.lm.sections_gate import gate, solver, switch, training
 from robustgate.lm.trace import Trace
 
 
@@ -46,20 +49,36 @@ def write_report(
     model = ModularModel.load(run)
     evaluation = Evaluation.load(run)
     trace = Trace.load(run)
+    palette = Palette(evaluation)
     documents = sum(result.documents for result in evaluation.systems[0].domains)
+    sections = (
+        worst_case(model, evaluation, palette),
+        by_domain(evaluation, palette),
+        pairs(evaluation, palette),
+        gate(trace, palette),
+        switch(evaluation, palette),
+        forgetting(evaluation, palette),
+        differences(evaluation, palette),
+        solver(model, palette),
+        training(model, palette),
+        provenance(model, evaluation, palette),
+        *appendix,
+    )
     page = Page(
         title,
-        f"{len(model.experts)} frozen experts, {len(model.domains)} domains, evaluated on "
-        f"{documents:,} held-out documents. All losses are in nats; lower is better.",
-        model.sentence(),
-        (
-            worst_case(model, evaluation),
-            by_domain(evaluation),
-            solver(model),
-            gate(trace),
-            provenance(model, evaluation),
-            *appendix,
+        f"{_count(len(model.experts), 'frozen expert')}, "
+        f"{_count(len(evaluation.domains), 'domain')}, evaluated on "
+        f"{_count(documents, 'held-out document')}. All losses are in nats; lower is better.",
+        " ".join(
+            [model.sentence(), *([] if model.training is None else [model.training.sentence()])]
         ),
+        tuple(section for section in sections if section is not None),
         f"Written by robustgate {__version__}.",
+        headline_numbers(model, evaluation),
+        palette.keys(),
     )
     return page.write(Path(out))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

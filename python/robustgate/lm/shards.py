@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustgate.lm.files import sha256_json
 from robustgate.lm.manifest import FORMAT, VERSION, Manifest
 from robustgate.lm.tensorfile import DamagedFileError, read_tensor, write_tensor
 from robustgate.lm.windows import slice_documents
 
+LOG_PROBS = "token log-probabilities"
+"""The kind of shard that every expert has; the others are features."""
+
 
 @dataclass(frozen=True)
 class Shard:
-    """The log-probabilities of one expert on a run of documents, whether or not they are there.
+    """What one expert, or all together, say about a run of documents, there or not.
 
     Attributes:
         path: the file.
         identity: what its header must say.
-        expert: the expert's name.
+        kind: ``LOG_PROBS``, ``"entropy"``, ``"top"``, ``"argmax"``, ``"hidden-<h>"`` or ``"jsd"``.
+        experts: the names of the experts it comes from: one, or all for ``"jsd"``.
         corpus: the corpus's name.
         first: number of the first document.
         offsets: where its documents start among the corpus's tokens, and where the last one ends,
@@ -30,7 +36,8 @@ class Shard:
 
     path: Path
     identity: dict[str, Any]
-    expert: str
+    kind: str
+    experts: tuple[str, ...]
     corpus: str
     first: int
     offsets: Tensor  # [documents of the shard + 1]
@@ -50,8 +57,19 @@ class Shard:
         """The number of its tokens."""
         return int(self.offsets[-1] - self.offsets[0])
 
-    def read(self) -> Tensor:  # [tokens]
-        """Return the log-probabilities, float32, or raise as ``read_tensor`` does."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its values."""
+        return torch.int32 if self.kind == "argmax" else torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of its values: one number a token, or h for ``"hidden-<h>"``."""
+        name, _, size = self.kind.partition("-")
+        return (self.tokens, int(size)) if name == "hidden" else (self.tokens,)
+
+    def read(self) -> Tensor:  # [tokens] or [tokens, h]
+        """Return the values, or raise as ``read_tensor`` does."""
         return read_tensor(self.path, self.identity)
 
     def sound(self) -> bool:
@@ -62,36 +80,43 @@ class Shard:
             return False
         return True
 
-    def write(self, log_probs: Tensor) -> None:  # [tokens]
+    def write(self, values: Tensor) -> None:  # [tokens] or [tokens, h]
         """Write the file atomically; see ``LogProbStore.write``."""
-        if log_probs.dtype != torch.float32 or tuple(log_probs.shape) != (self.tokens,):
+        if values.dtype != self.dtype or tuple(values.shape) != self.shape:
             raise ValueError(
-                f"log_probs: expected float32 [{self.tokens}] for documents {self.documents[0]} to "
-                f"{self.documents[1] - 1} of corpus {self.corpus!r}, got {log_probs.dtype} "
-                f"{list(log_probs.shape)}"
+                f"values: expected {str(self.dtype).partition('.')[2]} {list(self.shape)} for "
+                f"documents {self.documents[0]} to {self.documents[1] - 1} of corpus "
+                f"{self.corpus!r}, got {values.dtype} {list(values.shape)}"
             )
-        bad = (log_probs.isnan() | log_probs.isposinf()).nonzero().flatten()
+        table = values.unsqueeze(-1).flatten(1)  # [tokens, 1] or [tokens, h]
+        bad = (table.isnan() | table.isposinf()).nonzero()
         if len(bad):
-            token = self.rows.start + int(bad[0])
+            row, column = bad[0].tolist()
+            value = float(table[row, column])
+            token = self.rows.start + row
             document = int(torch.searchsorted(self.offsets, token, right=True)) - 1
+            what = "log-probability" if self.kind == LOG_PROBS else self.kind
             raise ValueError(
-                f"expert {self.expert!r} gives log-probability {float(log_probs[bad[0]])} to token "
+                f"expert {', '.join(map(repr, self.experts))} gives {what} {value} to token "
                 f"{token - int(self.offsets[document])} of document {self.first + document} of "
                 f"corpus {self.corpus!r}: its weights or logits are not finite. Nothing was stored "
                 "for this run of documents"
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensor(self.path, log_probs, self.identity)
+        write_tensor(self.path, values, self.identity)
 
 
-def shards_of(folder: Path, manifest: Manifest, expert: str, corpus: str) -> list[Shard]:
-    """Return every shard of an expert on a corpus.
+def shards_of(
+    folder: Path, manifest: Manifest, expert: str, corpus: str, kind: str = LOG_PROBS
+) -> list[Shard]:
+    """Return every shard of one kind of an expert on a corpus.
 
     Args:
         folder: the store.
         manifest: its manifest.
         expert: the name of an expert in it.
         corpus: the name of a corpus in it.
+        kind: see ``Shard``.
 
     Returns:
         The shards, in the order of the documents.
@@ -99,22 +124,69 @@ def shards_of(folder: Path, manifest: Manifest, expert: str, corpus: str) -> lis
     Raises:
         ValueError: an unknown name, or the corpus's offsets are missing, truncated or altered.
     """
-    entry = manifest.corpus(corpus)
     identity = {
-        **_identity("token log-probabilities", manifest, corpus),
+        **_identity(kind, manifest, corpus),
         "expert_sha256": manifest.expert(expert).sha256,
     }
+    place = folder / "shards" / expert / corpus
+    return _cut(folder, manifest, corpus, kind, (expert,), identity, place)
+
+
+def joint_shards(
+    folder: Path, manifest: Manifest, experts: Sequence[str], corpus: str
+) -> list[Shard]:
+    """Return every shard of the Jensen-Shannon divergence of several experts on a corpus.
+
+    Args:
+        folder: the store.
+        manifest: its manifest.
+        experts: their names, in any order.
+        corpus: the name of a corpus in it.
+
+    Returns:
+        The shards, in the order of the documents.
+
+    Raises:
+        ValueError: as for ``shards_of``.
+    """
+    names = tuple(sorted(experts))
+    members = {name: manifest.expert(name).sha256 for name in names}
+    identity = {**_identity("jsd", manifest, corpus), "experts_sha256": members}
+    place = folder / "joint" / joint_name(manifest, names) / corpus
+    return _cut(folder, manifest, corpus, "jsd", names, identity, place)
+
+
+def joint_name(manifest: Manifest, experts: Sequence[str]) -> str:
+    """Return the name of the folder of what experts say together."""
+    members = {name: manifest.expert(name).sha256 for name in experts}
+    return sha256_json(members)[:16]
+
+
+def _cut(
+    folder: Path,
+    manifest: Manifest,
+    corpus: str,
+    kind: str,
+    experts: tuple[str, ...],
+    identity: dict[str, Any],
+    place: Path,
+) -> list[Shard]:
+    """Return one shard for each slice of a corpus."""
     offsets = read_offsets(folder, manifest, corpus)
+    suffix = "" if kind == LOG_PROBS else f".{kind}"
     return [
         Shard(
-            folder / "shards" / expert / corpus / f"{index:05d}.safetensors",
+            place / f"{index:05d}{suffix}.safetensors",
             {**identity, "documents": [first, last]},
-            expert,
+            kind,
+            experts,
             corpus,
             first,
             offsets[first : last + 1],
         )
-        for index, (first, last) in enumerate(slice_documents(offsets, entry.slice_tokens))
+        for index, (first, last) in enumerate(
+            slice_documents(offsets, manifest.corpus(corpus).slice_tokens)
+        )
     ]
 
 

@@ -3,9 +3,11 @@
 ::
 
     store/
-      manifest.json                                    format, tokenizer, corpora, experts
-      offsets/<corpus>.safetensors                     int64 [n_docs + 1]
-      shards/<expert>/<corpus>/<slice>.safetensors     float32 [tokens of the slice]
+      manifest.json                                          format, tokenizer, corpora, experts
+      offsets/<corpus>.safetensors                           int64 [n_docs + 1]
+      shards/<expert>/<corpus>/<slice>.safetensors           float32 [tokens of the slice]
+      shards/<expert>/<corpus>/<slice>.<kind>.safetensors    a feature of every token, if asked for
+      joint/<experts>/<corpus>/<slice>.jsd.safetensors       what experts say only together
 
 Only registering or removing a corpus or an expert writes the manifest, under a lock. A shard
 depends on nothing but its expert and its documents and appears whole by a rename, so any number of
@@ -18,9 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from robustgate.lm.files import check_name, exclusive, remove_abandoned, remove_folder
@@ -33,14 +33,16 @@ from robustgate.lm.manifest import (
     read_manifest,
     write_manifest,
 )
-from robustgate.lm.shards import Shard, read_offsets, shards_of, write_offsets
-from robustgate.lm.tensorfile import DamagedFileError
+from robustgate.lm.reader import StoreReader, read_shard
+from robustgate.lm.shards import LOG_PROBS, joint_name, write_offsets
+
+_COUNTS = ("documents", "tokens")  # of a corpus, which its offsets say too
 
 SLICE_TOKENS = 1 << 16
 """Tokens in one shard, up to the end of its last document."""
 
 
-class LogProbStore:
+class LogProbStore(StoreReader):
     """Gold-token log-probabilities of experts on corpora, in one folder.
 
     An object holds no state but the folder: several, in several processes, may use one store.
@@ -55,10 +57,6 @@ class LogProbStore:
         >>> store.token_log_probs("wiki").shape                   # doctest: +SKIP
         torch.Size([91235, 2])
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Name the folder; nothing is read or made."""
-        self.path = Path(path)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], tokenizer_sha256: str) -> LogProbStore:
@@ -84,7 +82,7 @@ class LogProbStore:
             )
         with exclusive(store.path / "manifest.lock"):
             if not (store.path / "manifest.json").exists():
-                write_manifest(store.path, Manifest(tokenizer_sha256, {}, {}))
+                write_manifest(store.path, Manifest(tokenizer_sha256, {}, {}, {}))
         remedy = "the experts the store was made with, or another store"
         check_same(f"{path}", "the tokenizer", store.tokenizer_sha256, tokenizer_sha256, remedy)
         return store
@@ -106,29 +104,6 @@ class LogProbStore:
         store = cls(path)
         read_manifest(store.path)
         return store
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        """The hash of the tokenizer all log-probabilities belong to."""
-        return read_manifest(self.path).tokenizer_sha256
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """The experts' names, sorted."""
-        return tuple(sorted(read_manifest(self.path).experts))
-
-    @property
-    def corpora(self) -> tuple[str, ...]:
-        """The corpora's names, sorted."""
-        return tuple(sorted(read_manifest(self.path).corpora))
-
-    def expert_sha256(self, name: str) -> str:
-        """Return the hash of an expert's configuration and weights."""
-        return read_manifest(self.path).expert(name).sha256
-
-    def corpus(self, name: str) -> CorpusEntry:
-        """Return what the manifest says about a corpus."""
-        return read_manifest(self.path).corpus(name)
 
     def add_corpus(
         self,
@@ -166,24 +141,41 @@ class LogProbStore:
             stored = asdict(known)[key]
             check_same(f"{self.path}: corpus {name!r}", key, stored, value, remedy)
 
-    def add_expert(self, name: str, *, sha256: str) -> None:
+    def add_expert(self, name: str, *, sha256: str, dtype: str | None = None) -> None:
         """Register an expert; one that is already there must be the same checkpoint.
 
         Args:
             name: its name.
             sha256: ``ExpertSet.sha256(name)``.
+            dtype: type its weights are converted to for scoring, such as ``"bfloat16"``; ``None``
+                for their own.
 
         Raises:
-            ValueError: an expert of this name is another checkpoint.
+            ValueError: an expert of this name is another checkpoint, or of another type.
         """
         check_name(name, "expert")
+        entry = ExpertEntry(sha256, dtype)
         with change_manifest(self.path) as manifest:
-            known = manifest.experts.setdefault(name, ExpertEntry(sha256))
+            known = manifest.experts.setdefault(name, entry)
         remedy = f"remove_expert({name!r}) and score it again, another name, or another store"
-        check_same(f"{self.path}: expert {name!r}", "sha256", known.sha256, sha256, remedy)
+        for key, value in asdict(entry).items():
+            stored = asdict(known)[key]
+            check_same(f"{self.path}: expert {name!r}", key, stored, value, remedy)
+
+    def add_joint(self, experts: Sequence[str]) -> None:
+        """Register experts as a set whose joint features the store may hold.
+
+        Args:
+            experts: names of registered experts, in any order.
+
+        Raises:
+            ValueError: no expert has one of the names.
+        """
+        with change_manifest(self.path) as manifest:
+            manifest.joint[joint_name(manifest, experts)] = sorted(experts)
 
     def remove_expert(self, name: str) -> None:
-        """Delete all log-probabilities of an expert; nothing of it stays in the store.
+        """Delete all that an expert has a part in; nothing of it stays in the store.
 
         It is gone at once for every reader; if this is killed before the files are deleted, the
         next ``clean`` deletes them.
@@ -194,6 +186,8 @@ class LogProbStore:
         with change_manifest(self.path) as manifest:
             manifest.expert(name)
             del manifest.experts[name]
+            for folder in [key for key, names in manifest.joint.items() if name in names]:
+                del manifest.joint[folder]
         self.clean()
 
     def remove_corpus(self, name: str) -> None:
@@ -211,30 +205,51 @@ class LogProbStore:
         """Delete what removals and killed runs have left; writers still at work keep theirs."""
         remove_abandoned(self.path)
         with change_manifest(self.path) as manifest:
-            for folder in (self.path / "shards").glob("[!.]*"):
-                if folder.name not in manifest.experts:
-                    remove_folder(folder)
-            for folder in (self.path / "shards").glob("[!.]*/[!.]*"):
-                if folder.name not in manifest.corpora:
-                    remove_folder(folder)
+            for place, known in (("shards", manifest.experts), ("joint", manifest.joint)):
+                for folder in (self.path / place).glob("[!.]*"):
+                    if folder.name not in known:
+                        remove_folder(folder)
+                for folder in (self.path / place).glob("[!.]*/[!.]*"):
+                    if folder.name not in manifest.corpora:
+                        remove_folder(folder)
             for file in (self.path / "offsets").glob("[!.]*.safetensors"):
                 if file.stem not in manifest.corpora:
                     file.unlink()
 
-    def shards(self, expert: str, corpus: str) -> list[Shard]:
-        """Return the shards of an expert on a corpus, whether or not they are there.
+    def copy_to(self, other: LogProbStore) -> None:
+        """Write all that this store holds into another one, from its values.
 
         Args:
-            expert: its name.
-            corpus: its name.
-
-        Returns:
-            One ``Shard`` for each run of documents; ``shard.sound()`` says if it is scored.
+            other: a store for the same tokenizer.
 
         Raises:
-            ValueError: an unknown name, or the corpus's offsets are missing or damaged.
+            ValueError: a shard is truncated or altered, or the other store has another expert or
+                corpus under one of the names.
         """
-        return shards_of(self.path, read_manifest(self.path), expert, corpus)
+        known = read_manifest(self.path)
+        for corpus, entry in known.corpora.items():
+            given = {key: value for key, value in asdict(entry).items() if key not in _COUNTS}
+            other.add_corpus(corpus, offsets=self.offsets(corpus), **given)
+        for expert, about in known.experts.items():
+            other.add_expert(expert, **asdict(about))
+        for members in known.joint.values():
+            other.add_joint(members)
+        for corpus in known.corpora:
+            pairs = [
+                (self.joint_shards(members, corpus), other.joint_shards(members, corpus))
+                for members in known.joint.values()
+            ]
+            for expert in known.experts:
+                files = (self.path / "shards" / expert / corpus).glob("[!.]*.safetensors")
+                for kind in {file.name.split(".")[1] for file in files}:
+                    kind = LOG_PROBS if kind == "safetensors" else kind
+                    pairs.append(
+                        (self.shards(expert, corpus, kind), other.shards(expert, corpus, kind))
+                    )
+            for mine, theirs in pairs:
+                for one, copy in zip(mine, theirs, strict=True):
+                    if one.path.exists():
+                        copy.write(read_shard(one))
 
     def write(
         self,
@@ -258,67 +273,3 @@ class LogProbStore:
             OSError: the file could not be written; nothing half-written stays.
         """
         self.shards(expert, corpus)[index].write(log_probs)
-
-    def offsets(self, corpus: str) -> Tensor:  # [n_docs + 1]
-        """Return where each document starts among the corpus's scored tokens.
-
-        Args:
-            corpus: its name.
-
-        Returns:
-            int64 [n_docs + 1]; document i has the tokens offsets[i] to offsets[i + 1].
-
-        Raises:
-            ValueError: no corpus has this name, or the file is truncated or altered.
-        """
-        return read_offsets(self.path, read_manifest(self.path), corpus)
-
-    def token_log_probs(
-        self, corpus: str, experts: Sequence[str] | None = None
-    ) -> Tensor:  # [tokens, K]
-        """Return the log-probability that each expert gives each token.
-
-        Args:
-            corpus: its name.
-            experts: which, and in which order; all, sorted by name, if left out.
-
-        Returns:
-            float32 [tokens, K].
-
-        Raises:
-            ValueError: an unknown name, or a shard that is not scored yet, truncated or altered;
-                the message names the file and the remedy.
-        """
-        names = self.experts if experts is None else tuple(experts)
-        out = torch.empty(self.corpus(corpus).tokens, len(names), dtype=torch.float32)
-        for column, name in enumerate(names):
-            for shard in self.shards(name, corpus):
-                try:
-                    out[shard.rows, column] = shard.read()
-                except (FileNotFoundError, DamagedFileError) as error:
-                    raise ValueError(
-                        f"{error}; score expert {name!r} on corpus {corpus!r} again, which fills "
-                        "in the shards that are missing or damaged and keeps the others"
-                    ) from error
-        return out
-
-    def document_log_probs(
-        self, corpus: str, experts: Sequence[str] | None = None
-    ) -> Tensor:  # [n_docs, K]
-        """Return the log-probability that each expert gives each whole document.
-
-        Args:
-            corpus: its name.
-            experts: which, and in which order; all, sorted by name, if left out.
-
-        Returns:
-            float64 [n_docs, K], the token log-probabilities summed in float64.
-
-        Raises:
-            ValueError: as for ``token_log_probs``.
-        """
-        tokens = self.token_log_probs(corpus, experts).double()
-        lengths = self.offsets(corpus).diff()
-        document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        out = torch.zeros(len(lengths), tokens.shape[1], dtype=torch.float64)
-        return out.index_add_(0, document, tokens)

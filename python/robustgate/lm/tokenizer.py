@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from robustgate.lm.files import first_line, new_folder, require, sha256_json
+from robustgate.lm.corpus import Corpus
+from robustgate.lm.files import first_line, new_folder, require, sha256_json, write_json
+from robustgate.lm.lineage import MANIFEST, describe
 from robustgate.lm.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class Tokens:
 
 
 def train_tokenizer(
-    documents: Sequence[str],
+    documents: Sequence[str | Corpus],
     vocab_size: int,
     out: str | os.PathLike[str],
     *,
@@ -57,10 +59,11 @@ def train_tokenizer(
     """Train a byte-level BPE tokenizer and save it as a folder ``AutoTokenizer`` loads.
 
     Every text can be encoded (the 256 bytes are in the vocabulary), and decoding gives it back.
-    The result depends on the documents and ``vocab_size`` alone.
+    The result depends on the documents and ``vocab_size`` alone. A record of the data lies beside
+    it, see ``lineage``.
 
     Args:
-        documents: the texts.
+        documents: the texts, or corpora, which the record then names.
         vocab_size: number of tokens at most, the three special ones included; at least 259.
         out: the folder to make.
         progress: show a bar when it takes longer than two seconds.
@@ -81,6 +84,10 @@ def train_tokenizer(
             f"vocab_size: expected at least 259 (256 bytes, 3 special), got {vocab_size}"
         )
     tokenizers, transformers = require("tokenizers"), require("transformers")
+    corpora = [part for part in documents if isinstance(part, Corpus)]
+    if loose := [part for part in documents if isinstance(part, str)]:
+        corpora.append(Corpus.of("documents", loose))
+    texts = [text for corpus in corpora for text in corpus.documents]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -90,8 +97,8 @@ def train_tokenizer(
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    with ProgressBar("train tokenizer", len(documents), show=progress) as bar:
-        bpe.train_from_iterator(bar.over(documents), trainer)
+    with ProgressBar("train tokenizer", len(texts), show=progress) as bar:
+        bpe.train_from_iterator(bar.over(texts), trainer)
     bpe.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS} $B",
@@ -102,6 +109,8 @@ def train_tokenizer(
     )
     with new_folder(Path(out)) as folder:
         fast.save_pretrained(folder)
+        record = {"format": "robustgate tokenizer record", "version": 1}
+        write_json(folder / MANIFEST, {**record, "tokenizer_data": describe(corpora)})
     return load_tokenizer(out)
 
 

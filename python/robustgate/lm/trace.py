@@ -10,11 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from robustgate.game import BayesGate
+from robustgate.game import SequenceGate
+from robustgate.lm.batches import first_documents
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
 from robustgate.lm.files import read_json, write_json
+from robustgate.lm.modular import ModularModel
 from robustgate.lm.score import score
+from robustgate.lm.weigh import gate_weights, sequence_weights
 
 _FILE = "trace.json"
 
@@ -105,13 +108,13 @@ def mixed_document(
 
 
 def trace_gate(
-    gate: BayesGate, experts: ExpertSet, corpora: Sequence[Corpus], *, progress: bool = True
+    model: ModularModel, experts: ExpertSet, corpora: Sequence[Corpus], *, progress: bool = True
 ) -> Trace:
-    """Return the gate's weights along a document that changes its topic.
+    """Return the weights of a model's gate along a document that changes its topic.
 
     Args:
-        gate: The gate.
-        experts: The experts, in the order of the gate's prior.
+        model: The model; a sequence gate's weights are the same at every token.
+        experts: Its experts.
         corpora: One corpus per domain, to take the document from.
 
     Other:
@@ -121,10 +124,15 @@ def trace_gate(
         The trace; a token belongs to the piece its first character is in.
     """
     text, starts = mixed_document(corpora)
+    gate, spec = model.gate(), model.spec
     with TemporaryDirectory() as folder:
-        store = score(experts, [Corpus.of("mixed", [text])], folder, progress=progress)
-        log_probs = store.token_log_probs("mixed", experts.names)  # [T, K]
-    weights = gate(log_probs).exp()  # [T, K]
+        mixed = Corpus.of("mixed", [text])
+        store = score(experts, [mixed], folder, features=spec.features, progress=progress)
+        batch = first_documents(store, "mixed", experts.names, 1, spec.features)
+    if isinstance(gate, SequenceGate):
+        weights = sequence_weights(gate, batch, spec.span).expand(len(batch.log_probs), -1).exp()
+    else:
+        weights = gate_weights(gate, batch).exp()  # [T, K]
     spans = experts.tokenizer(
         text,
         add_special_tokens=False,

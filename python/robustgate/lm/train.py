@@ -28,15 +28,13 @@ from robustgate.lm.files import (
     require,
     write_json,
 )
+from robustgate.lm.lineage import MANIFEST, describe, tokenizer_data
 from robustgate.lm.packing import PackedRows
 from robustgate.lm.recipe import Recipe, StrPath, config_of, data_of, init_of, tokenizer_of
 from robustgate.lm.tokenizer import encode, load_tokenizer, tokenizer_sha256, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-MANIFEST = "robustgate.json"
-"""Name of the training manifest in a checkpoint folder."""
 
 _VERSIONED = ("robustgate", "torch", "transformers", "tokenizers")
 
@@ -175,8 +173,10 @@ def train(
         else:
             write_json(run / "settings.json", recipe.to_json())
         shared = _tokenizer(tokenizer, init, corpora, run, vocab_size, progress)
+        source = init if tokenizer is None else tokenizer
+        described = describe(corpora) if source is None else tokenizer_data(source)
         manifest, resumed_from = _train(
-            corpora, out, run, recipe, init, shared, checkpoint_seconds, progress
+            corpora, out, run, recipe, init, shared, described, checkpoint_seconds, progress
         )
         shutil.rmtree(run)
     return _result(out, manifest, began, resumed_from)
@@ -189,6 +189,7 @@ def _train(
     recipe: Recipe,
     init: StrPath | None,
     tokenizer: PreTrainedTokenizerFast,
+    described: list[dict[str, Any]] | None,
     checkpoint_seconds: float,
     progress: bool,
 ) -> tuple[dict[str, Any], int]:
@@ -208,6 +209,8 @@ def _train(
             "format": "robustgate training manifest",
             "version": 1,
             "settings": recipe.to_json(),
+            "data": describe(corpora),
+            "tokenizer_data": described,
             "ancestor": _ancestor(init),
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "steps": steps,

@@ -6,6 +6,8 @@ on anything but the lengths of the documents in its own slice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -99,3 +101,30 @@ def plan_batches(
         batches.append(order[first : first + count])
         first += count
     return batches
+
+
+def plan_share(sizes: Sequence[int], part: int, parts: int) -> list[int]:
+    """Choose the pieces of work that fall to one of several processes.
+
+    Pieces stay in their order and each goes to exactly one process: neighbours, which need the
+    same model, mostly to the same.
+
+    Args:
+        sizes: how long each piece takes, in any unit.
+        part: which process, from 1 to ``parts``.
+        parts: how many processes there are.
+
+    Returns:
+        Indices of pieces, ascending.
+
+    Example:
+        >>> [plan_share([4, 1, 1, 4, 2], part, parts=3) for part in (1, 2, 3)]
+        [[0], [1, 2], [3, 4]]
+    """
+    total = sum(sizes)
+    chosen, start = [], 0
+    for index, size in enumerate(sizes):
+        if (2 * start + size) * parts // (2 * total) == part - 1:  # where its middle lies
+            chosen.append(index)
+        start += size
+    return chosen
