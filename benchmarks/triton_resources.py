@@ -96,10 +96,9 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def default_launches(
-    experts: int = 4, dtype: torch.dtype = torch.bfloat16, vocab: int = 128256
+    experts: int = 4, dtype: torch.dtype = torch.bfloat16, vocab: int = 128256, rows: int = 2
 ) -> list[Launch]:
     """Return every launch of every raw op, forward and backward, on rows of a large vocabulary."""
-    rows = 2
     logits = [torch.empty(rows, vocab, dtype=dtype) for _ in range(experts)]
     per_expert, per_row = torch.empty(rows, experts), torch.empty(rows)
     target, lse = torch.empty(rows, dtype=torch.int64), torch.empty(rows, experts).double()
@@ -140,6 +139,10 @@ def _describe(value: Any) -> Any:
         return "fp32"
     if value == 1:
         return "constexpr"
+    return _integer(value)
+
+
+def _integer(value: int) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
@@ -158,22 +161,29 @@ def _specialise(
         attributes[path] = _DIVISIBLE
 
 
-def compile_ahead(launch: Launch, target: GPUTarget) -> Figures:
-    """Compile a launch for a device that need not be there."""
-    names = launch.kernel.arg_names
+def source_of(launch: Launch) -> ASTSource:
+    """Return what Triton compiles for a launch: the kernel, its types, constants and attributes."""
+    parameters = launch.kernel.params
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
-    for i, name in enumerate(names):
-        if i < len(launch.arguments):
-            signature[name] = _describe(launch.arguments[i])
-            _specialise(launch.arguments[i], (i,), constants, attributes)
+    for i, parameter in enumerate(parameters):
+        if i >= len(launch.arguments):
+            signature[parameter.name] = "constexpr"
+            constants[i,] = launch.options[parameter.name]
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = _integer(launch.arguments[i])
         else:
-            signature[name] = "constexpr"
-            constants[i,] = launch.options[name]
+            signature[parameter.name] = _describe(launch.arguments[i])
+            _specialise(launch.arguments[i], (i,), constants, attributes)
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compile_ahead(launch: Launch, target: GPUTarget) -> Figures:
+    """Compile a launch for a device that need not be there."""
+    names = launch.kernel.arg_names
     options = {name: x for name, x in launch.options.items() if name not in names}
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source_of(launch), target=target, options=options)
     if target.backend == "hip":
         return _amd_figures(compiled.asm["amdgcn"], compiled.metadata.shared)
     registers, spills = _ptxas(compiled.asm["ptx"], target.arch)

@@ -13,7 +13,7 @@ from robustgate.lm import ExpertSet, LogProbStore, score
 from robustgate.lm.fit import fit
 from robustgate.lm.serve import encode_prompt, open_model, pad_prompts
 
-REASON = 'lm_eval is not installed; install it with: pip install "lm_eval>=0.4.13"'
+REASON = 'lm_eval is not installed; install it with: pip install "robustgate[harness]"'
 
 CHOICES = [
     {"text": "def return", "choices": [" for", " river town"], "answer": 0},
@@ -87,7 +87,7 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch):
     from robustgate.lm import harness
 
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r'pip install "lm_eval>=0.4.13"'):
+    with pytest.raises(SystemExit, match=r'pip install "robustgate\[harness\]"'):
         harness.main([])
 
 

@@ -9,6 +9,7 @@ import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,3 +82,33 @@ def test_every_launcher_is_compiled(launches):
     folder = SCRIPT.parents[1] / "python" / "robustgate" / "ops" / "triton"
     kernels = {p.stem for p in folder.glob("*.py") if "_kernel[" in p.read_text()}
     assert names == kernels
+
+
+def test_the_number_of_rows_compiles_nothing_anew(resources):
+    """Not 1, which Triton would make a constant, nor a multiple of 16, whose alignment it notes."""
+
+    def sources(rows):
+        launches = resources.default_launches(2, torch.bfloat16, 4096, rows)
+        return [(x.name, resources.source_of(x).hash()) for x in launches]
+
+    want = sources(2)
+    assert all(sources(rows) == want for rows in (1, 16, 1024))
+
+
+def test_where_it_cannot_run_another_backend_is_told(monkeypatch):
+    from robustgate.ops.backends import triton as backend
+
+    why = backend.why_unusable.__wrapped__  # nothing is remembered
+    monkeypatch.setattr(backend, "why_not_installed", backend.why_not_installed.__wrapped__)
+    properties = SimpleNamespace(has_fp64=0)
+    device = SimpleNamespace(
+        is_available=lambda: True, get_device_properties=lambda index: properties
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device_type: device)
+    monkeypatch.setenv("CC", "gcc")
+    assert "float64" in why(0, "xpu")
+    properties.has_fp64 = 1
+    assert why(0, "xpu") is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert "C compiler" in why(0, "xpu")

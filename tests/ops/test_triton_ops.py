@@ -53,6 +53,20 @@ def test_a_target_out_of_range_is_nan_and_reads_nothing():
     assert all((g[[0, 1, 3]] == 0).all() and torch.isfinite(g).all() for g in grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_columns_masked_with_the_lowest_number(dtype):
+    """As transformers masks them: finite, and in the last row nothing else is left."""
+    z = torch.randn(2, 3, 20).to(dtype)
+    z[0, 0, ::2] = z[1, 1, 5:] = z[:, 2] = torch.finfo(dtype).min
+    target = torch.tensor([1, 3, 7])
+    results = []
+    for backend in ("triton", "native"):
+        with rg.backend(backend):
+            results.append(rg.mixture_nll(z, torch.zeros(2), target, reduction="none"))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-6)  # float32 sums of 20 terms
+    torch.testing.assert_close(results[0][2].exp(), torch.tensor(20.0), atol=0, rtol=1e-5)
+
+
 @pytest.mark.parametrize("op", ["jsd", "mixture_kl", "mixture_log_softmax"])
 def test_more_experts_than_a_kernel_holds_run_on_eager_torch(op):
     z = make((2,), 17, 20).logits
@@ -78,6 +92,15 @@ def test_likelihoods_of_more_experts_than_a_launch_holds():
             results.append([nll, *torch.autograd.grad(nll.sum(), [case.gate, *case.logits])])
     # Two float32 computations of log-probs of some nats, and of products of such.
     torch.testing.assert_close(*results, atol=4e-6, rtol=1e-5)
+
+
+def test_frozen_logits_of_any_layout_are_not_copied_for_their_absent_gradient():
+    from robustgate.ops.triton import launch
+
+    z = torch.randn(20, 6).t()  # columns are not next to each other
+    _grads, places, needs = launch.fresh_gradients([z, z], [False, True], 20)
+    assert needs == 2
+    assert places.tensors[0].data_ptr() == z.data_ptr()
 
 
 # The interpreter multiplies bfloat16 numbers by their bits; float16 takes the same path.
@@ -106,3 +129,13 @@ def test_fused_linear_log_prob(dtype, temperature, softcap, biased, monkeypatch)
     counted = (target >= 0) & (target < 700)
     # Float32 sums of at most 100 products of size 3: 1e-5 of a logit.
     torch.testing.assert_close(got[counted].double(), want[counted], atol=2e-5, rtol=1e-6)
+
+
+def test_fused_linear_log_prob_of_one_position():
+    hidden, heads, bias = make_heads((), (24, 100), 50, torch.float32)
+    target, gate = torch.tensor(7), torch.tensor([0.3, -1.0])
+    results = []
+    for backend in ("triton", "native"):
+        with rg.backend(backend):
+            results.append(rg.linear_mixture_nll(hidden, heads, gate, target, bias=bias))
+    torch.testing.assert_close(*results, atol=2e-5, rtol=1e-6)  # as above

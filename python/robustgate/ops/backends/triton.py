@@ -9,6 +9,7 @@ registers. The interpreter (``TRITON_INTERPRET=1``) is for tests: it serves CPU 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
@@ -66,6 +67,8 @@ def why_not_installed() -> str | None:
         return f"Triton cannot be imported: {error}"
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return f"Triton {version} is older than {'.'.join(map(str, OLDEST))}"
+    if not any(map(shutil.which, ("gcc", "clang"))) and "CC" not in os.environ:
+        return "Triton finds no C compiler for its launchers: install gcc or clang, or set CC"
     return None
 
 
@@ -74,8 +77,12 @@ def why_unusable(device: int = 0, device_type: str = "cuda") -> str | None:
     """Return why the Triton kernels cannot run on a device, or None if they can."""
     if (reason := why_not_installed()) is not None:
         return reason
-    if not torch.get_device_module(device_type).is_available():
+    module = torch.get_device_module(device_type)
+    if not module.is_available():
         return f"torch sees no {device_type} device"
+    # Only Intel's devices say so: some have no float64.
+    if not getattr(module.get_device_properties(device), "has_fp64", True):
+        return "the device has no float64 arithmetic, which the log-sum-exps take"
     return None
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4e38)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: a row may hold nothing above it
 FAR = tl.constexpr(20.0)  # nats between experts beyond which e^d is left for logarithms
 IMPOSSIBLE = tl.constexpr(-1048576.0)  # nats or bits: a column of probability 0
 MAX_ADDS = tl.constexpr(16)  # float32 additions a lane, before a sum goes to float64
@@ -195,12 +195,12 @@ def store_row(z, columns, values, vocab, TAIL: tl.constexpr):
 
 
 @triton.jit
-def row_max_and_sum(
+def row_max_and_sums(
     z, vocab, transform, CAP: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Return top and sum_v 2^(scale (u_v - top)) of a row, float32 scalars.
+    """Return top of a row and sum_v 2^(scale (u_v - top)) of every lane, float32.
 
-    The sum is NaN where the row has NaN or +inf, and 0 where it has nothing but -inf.
+    A sum is NaN where the row has NaN or +inf, and all are 0 where it has nothing but -inf.
     """
     scale = scale_of(transform)
     top = tl.full([BLOCK], LOWEST, tl.float32)
@@ -212,7 +212,7 @@ def row_max_and_sum(
             u = tl.where(columns < vocab, u, -float("inf"))
         top, total = online_step(top, total, u, scale)
     highest = tl.max(top, 0)
-    return highest, tl.sum(total * tl.exp2((top - highest) * scale), 0)
+    return highest, total * tl.exp2((top - highest) * scale)
 
 
 @triton.jit

@@ -205,7 +205,7 @@ def mixture_of(d, weights, K: tl.constexpr):
     return total, log_total, differences
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows"])
 def _correct_kernel(
     zs,  # K x [N, V]
     outer,

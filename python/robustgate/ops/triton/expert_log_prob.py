@@ -29,7 +29,7 @@ from robustgate.ops.triton.algebra import (
     log_sum_exp,
     natural,
     pick,
-    row_max_and_sum,
+    row_max_and_sums,
     row_of,
     scale_of,
     store_row,
@@ -41,7 +41,7 @@ _EXPERTS_PER_LAUNCH = 16
 _COLUMNS_PER_PROGRAM = 8  # steps of a backward program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows"])
 def _forward_kernel(
     zs,  # K x [N, V]
     outer,
@@ -67,8 +67,9 @@ def _forward_kernel(
     counts = (y >= 0) & (y < vocab) & (y != ignore_index)
     stop = tl.where(counts, vocab, 0)  # nothing is read of the other rows
 
-    top, total = row_max_and_sum(z, stop, transform, CAP, TAIL, BLOCK)
-    log_total = natural(tl.log(total.to(tl.float64)), transform)
+    top, totals = row_max_and_sums(z, stop, transform, CAP, TAIL, BLOCK)
+    total = tl.sum(totals.to(tl.float64), 0)  # a probability near 1 keeps its distance from 1
+    log_total = natural(tl.log(total), transform)
     u = to_u(tl.load(z + y, mask=counts, other=0.0), transform, CAP)
     value = (u.to(tl.float64) - top.to(tl.float64)) * unit_of(transform) - log_total
     value = tl.where(value > 0, 0.0, value)  # rounding: no probability exceeds 1
@@ -80,7 +81,7 @@ def _forward_kernel(
     tl.store(lse + out, tl.where(counts, row_lse, fill.to(tl.float64)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows"])
 def _backward_kernel(
     zs,  # K x [N, V]
     outer,

@@ -18,7 +18,7 @@ from robustgate.ops.triton.algebra import (
     exponential,
     log_sum,
     log_sum_exp,
-    row_max_and_sum,
+    row_max_and_sums,
 )
 from robustgate.ops.triton.columns import load_columns, locate, log2_probs
 
@@ -61,8 +61,8 @@ def row_log_sum_exps(
     """Return the log-sum-exps of a row of every expert, one expert after another."""
     values = ()
     for k in tl.static_range(K):
-        top, total = row_max_and_sum(rows[k], vocab, transform, CAP, TAIL, BLOCK)
-        values = values + (log_sum_exp(top, total, transform),)
+        top, totals = row_max_and_sums(rows[k], vocab, transform, CAP, TAIL, BLOCK)
+        values = values + (log_sum_exp(top, tl.sum(totals, 0), transform),)
     return values
 
 

@@ -66,7 +66,7 @@ def _terms(d, top, log2_p, weights, inside, K: tl.constexpr):
     return terms
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows"])
 def _forward_kernel(
     zs,  # K x [N, V]
     outer,

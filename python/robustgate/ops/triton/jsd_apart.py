@@ -19,7 +19,7 @@ from robustgate.ops.triton.apart import APART, TINY, load_exponentials, row_stat
 from robustgate.ops.triton.columns import load_scalars, rows_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows", "N"])
 def _kernel(
     zs,  # K x [N, V]
     outer,

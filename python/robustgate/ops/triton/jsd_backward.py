@@ -40,7 +40,7 @@ from robustgate.ops.triton.columns import (
 _STEPS = 8  # of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows"])
 def _kernel(
     zs,  # K x [N, V]
     outer,

@@ -1,7 +1,9 @@
 """What launchers share: rows by address, the logits' transform, block sizes, the device.
 
 A launch never waits for the device, and copies logits only where their columns are not next to
-each other. The heuristics are explained in docs/triton.md.
+each other. The kernels name what follows the batch (rows, rows in a block) ``do_not_specialize``:
+Triton would compile them once more for 1, and for multiples of 16. The heuristics are explained in
+docs/triton.md.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -63,13 +65,13 @@ def fresh_gradients(
 ) -> tuple[list[Tensor], Rows, int]:
     """Return gradients of the experts that need one, all experts' rows, and who needs one as bits.
 
-    Columns beyond the vocabulary are zeroed here. Where no gradient is needed the expert's own rows
-    stand in its place, and the kernel, compiled for these bits, does not touch them.
+    Columns beyond the vocabulary are zeroed here. Where no gradient is needed the logits' own first
+    column stands in its place, and the kernel, compiled for these bits, does not touch it.
     """
     grads, places, bits = [], [], 0
     for k, (z, needed) in enumerate(zip(logits, needs_grad, strict=True)):
         if not needed:
-            places.append(z)
+            places.append(z[..., :1])  # whatever the layout, there is nothing to copy
             continue
         grad = torch.empty_like(z, memory_format=torch.contiguous_format)
         if z.shape[-1] > vocab_size:
@@ -100,7 +102,7 @@ class Settings:
         return {"CAP": self.softcap is not None, "TAIL": self.vocab_size % 16 != 0}
 
 
-@cache
+@lru_cache(maxsize=64)  # a temperature may be annealed
 def transform(temperature: float, softcap: float | None) -> tuple[float, ...]:
     """Return the numbers that algebra.py reads ``z' = softcap tanh(z / softcap) / temperature`` by.
 

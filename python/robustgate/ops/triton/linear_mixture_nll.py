@@ -34,7 +34,7 @@ _PROGRAMS_PER_PROCESSOR = 4
 _MERGED_ROWS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles"])
 def _tile_kernel(
     hidden,  # [N, H]
     hidden_stride,
@@ -103,7 +103,7 @@ def _tile_kernel(
     tl.store(out + 2 * stride, at_target, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "PARTS"])
 def _merge_kernel(
     parts,  # [3, PARTS, N]
     target,  # [N]
@@ -171,7 +171,8 @@ def forward(
     parts = triton.cdiv(tiles, tiles_of_part)
     partial = torch.empty((3, parts, rows), dtype=torch.float32, device=target.device)
     for k in range(experts):
-        states, weight = hidden[k].detach().flatten(0, -2), lm_head[k].detach()
+        states = hidden[k].detach().reshape(rows, hidden[k].shape[-1])
+        weight = lm_head[k].detach()
         states = states if states.stride(-1) == 1 else states.contiguous()
         weight = weight if weight.stride(-1) == 1 else weight.contiguous()
         with launch.on_device(target):

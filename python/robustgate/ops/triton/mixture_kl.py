@@ -46,7 +46,7 @@ from robustgate.ops.triton.two_mixtures import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows"])
 def _forward_kernel(
     zs,  # K x [N, V]
     outer,
@@ -120,7 +120,7 @@ def _forward_kernel(
         tl.store(tilt + wide * K + k, moved + fill, mask=chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows", "N"])
 def _backward_kernel(
     zs,  # K x [N, V]
     outer,

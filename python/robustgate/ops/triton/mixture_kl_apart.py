@@ -21,7 +21,7 @@ from robustgate.ops.triton.columns import rows_of
 from robustgate.ops.triton.two_mixtures import load_gates
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows", "N"])
 def _kernel(
     zs,  # K x [N, V]
     outer,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustgate.ops.triton.launch import OPTIONS, block_of, on_device
+from robustgate.ops.triton.launch import OPTIONS, on_device
 
 _TERMS = 1024  # of a program
 _NO_TARGET = -1  # stands for the absent target's ignore_index
@@ -37,7 +37,7 @@ def _joint(log_prob, gate, gate_stride, rows, experts, mask):
     return log_gate, log_gate + log_prob
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     log_prob,  # [N, K]
     gate,  # [N, K] or [K]
@@ -66,7 +66,7 @@ def _forward_kernel(
     tl.store(out + rows, value, rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
     grad,  # [N]
     log_prob,  # [N, K]
@@ -105,11 +105,10 @@ def _backward_kernel(
 
 
 def _sizes(log_prob: Tensor) -> tuple[int, int, int, int]:
-    """Return N, K and the block's rows and (padded) experts."""
+    """Return N, K and the block's rows and (padded) experts, which N does not change."""
     experts = log_prob.shape[-1]
     padded = 1 << (experts - 1).bit_length()
-    rows = log_prob.numel() // experts
-    return rows, experts, max(1, min(block_of(max(rows, 1), 64), _TERMS // padded)), padded
+    return log_prob.numel() // experts, experts, max(1, min(64, _TERMS // padded)), padded
 
 
 def forward(

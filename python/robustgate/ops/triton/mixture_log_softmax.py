@@ -40,7 +40,7 @@ from robustgate.ops.triton.gated import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows", "N"])
 def _forward_kernel(
     zs,  # K x [N, V]
     outer,
@@ -78,7 +78,7 @@ def _forward_kernel(
             store_row(out + wide * vocab, columns, value, vocab, TAIL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows", "N"])
 def _backward_kernel(
     zs,  # K x [N, V]
     outer,

@@ -39,7 +39,7 @@ from robustgate.ops.triton.gated import (
 _STEPS = 8  # of a backward program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows", "N"])
 def _forward_kernel(
     zs,  # K x [N, V]
     outer,
@@ -104,7 +104,7 @@ def _forward_kernel(
         tl.store(mean + wide, (totals[K] / vocab).to(tl.float32) + fill)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows"])
 def _backward_kernel(
     zs,  # K x [N, V]
     outer,
