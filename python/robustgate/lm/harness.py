@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: lm_eval is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise SystemExit('lm_eval is not installed; install it with: pip install "robustgate[harness]"')
+        raise SystemExit(
+            'lm_eval is not installed; install it with: pip install "robustgate[harness]"'
+        )
     from lm_eval.__main__ import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
         cli_evaluate,
     )
