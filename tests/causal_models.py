@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustgate.game import BayesGate
 from robustgate.lm.causal import ModularForCausalLM
-from robustgate.lm.causal_config import ModularConfig, sizes
+from robustgate.lm.causal.config import ModularConfig, sizes
 from robustgate.lm.features import FeatureSpec, context_features
 from robustgate.lm.gates import BayesOptions, GateSpec, Network
 

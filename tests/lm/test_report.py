@@ -14,13 +14,13 @@ from robustgate.lm.evaluate import evaluate_model
 from robustgate.lm.experts import ExpertSet
 from robustgate.lm.fit import fit
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.page import Cell, Page, Row, Section, Stat, Table
-from robustgate.lm.palette import Palette
 from robustgate.lm.report import write_report
+from robustgate.lm.report.page import Cell, Page, Row, Section, Stat, Table
+from robustgate.lm.report.palette import Palette
+from robustgate.lm.report.svg import minus
 from robustgate.lm.results import Evaluation
 from robustgate.lm.score import score
 from robustgate.lm.store import LogProbStore
-from robustgate.lm.svg import minus
 from robustgate.lm.trace import Trace, mixed_document, trace_gate
 
 VOID = {"meta", "br", "hr", "img"}

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from robustgate.lm.figures import Bar, Line, areas, bars, heat_map, lines
-from robustgate.lm.svg import Axis, fixed, minus, shorten, spread
+from robustgate.lm.report.figures import Bar, Line, areas, bars, heat_map, lines
+from robustgate.lm.report.svg import Axis, fixed, minus, shorten, spread
 
 
 def test_bars_are_as_long_as_their_values():

@@ -21,8 +21,8 @@ from robustgate.lm.experts import ExpertSet
 from robustgate.lm.files import read_json, write_json
 from robustgate.lm.fit import fit
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.page import Section, Table
 from robustgate.lm.report import write_report
+from robustgate.lm.report.page import Section, Table
 from robustgate.lm.results import Evaluation
 from robustgate.lm.score import score
 from robustgate.lm.tokenizer import train_tokenizer

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from robustgate.lm.causal import ModularForCausalLM
-from robustgate.lm.causal_cache import ModularCache
-from robustgate.lm.causal_reader import one_dtype
+from robustgate.lm.causal.cache import ModularCache
+from robustgate.lm.causal.reader import one_dtype
 from robustgate.lm.tokenizer import load_tokenizer, special_ids
 from robustgate.ops.expert_log_prob import expert_log_prob
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustgate.lm.causal_cache import ModularCache
-from robustgate.lm.causal_gate import BayesTrack, track
-from robustgate.lm.causal_reader import Reading, remember, score
-from robustgate.lm.causal_tokens import NewTokens
+from robustgate.lm.causal.cache import ModularCache
+from robustgate.lm.causal.gate import BayesTrack, track
+from robustgate.lm.causal.reader import Reading, remember, score
+from robustgate.lm.causal.tokens import NewTokens
 from robustgate.lm.features import FeatureSpec, context_features
 from robustgate.lm.gates import Gate
 

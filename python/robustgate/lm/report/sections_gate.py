@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from robustgate.lm.figures import Line, areas, lines
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.page import Cell, Figure, Passage, Row, Section, Table, Token
-from robustgate.lm.palette import Palette
+from robustgate.lm.report.figures import Line, areas, lines
+from robustgate.lm.report.page import Cell, Figure, Passage, Row, Section, Table, Token
+from robustgate.lm.report.palette import Palette
+from robustgate.lm.report.svg import COLOURS, WIDTH
 from robustgate.lm.results import Evaluation
-from robustgate.lm.svg import COLOURS, WIDTH
 from robustgate.lm.systems import ORACLE, PREVIOUS, SHARE, STATIC, UNIFORM
 from robustgate.lm.trace import Trace
 

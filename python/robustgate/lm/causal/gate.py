@@ -11,7 +11,7 @@ from torch import Tensor
 from robustgate.game import BayesGate, SequenceGate, TokenGate
 from robustgate.game.token_gate import TokenState
 from robustgate.game.token_network import Pointwise
-from robustgate.lm.causal_cache import GateLayer
+from robustgate.lm.causal.cache import GateLayer
 from robustgate.lm.gates import Gate
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robustgate.lm.files import require, write_atomic
-from robustgate.lm.svg import COLOURS, minus
+from robustgate.lm.report.svg import COLOURS, minus
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

@@ -9,7 +9,7 @@ from html import escape
 from itertools import compress
 from typing import Literal
 
-from robustgate.lm.svg import (
+from robustgate.lm.report.svg import (
     COLOURS,
     WIDTH,
     Axis,

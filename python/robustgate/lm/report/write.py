@@ -8,12 +8,12 @@ from pathlib import Path
 
 from robustgate import __version__
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.page import Page, Section
-from robustgate.lm.palette import Palette
+from robustgate.lm.report.page import Page, Section
+from robustgate.lm.report.palette import Palette
+from robustgate.lm.report.sections import by_domain, headline_numbers, pairs, worst_case
+from robustgate.lm.report.sections_experts import differences, forgetting, provenance
+from robustgate.lm.report.sections_gate import gate, solver, switch, training
 from robustgate.lm.results import Evaluation
-from robustgate.lm.sections import by_domain, headline_numbers, pairs, worst_case
-from robustgate.lm.sections_experts import differences, forgetting, provenance
-from robustgate.lm.sections_gate import gate, solver, switch, training
 from robustgate.lm.trace import Trace
 
 

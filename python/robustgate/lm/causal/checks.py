@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustgate.lm.causal_cache import ModularCache
-from robustgate.lm.causal_gate import BayesTrack, Track
-from robustgate.lm.causal_tokens import NewTokens
+from robustgate.lm.causal.cache import ModularCache
+from robustgate.lm.causal.gate import BayesTrack, Track
+from robustgate.lm.causal.tokens import NewTokens
 
 
 def token_ids(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from robustgate.lm.figures import Bar, bars, heat_map
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.page import Figure, Section, Table
-from robustgate.lm.palette import Palette
+from robustgate.lm.report.figures import Bar, bars, heat_map
+from robustgate.lm.report.page import Figure, Section, Table
+from robustgate.lm.report.palette import Palette
+from robustgate.lm.report.svg import WIDTH
 from robustgate.lm.results import Evaluation
-from robustgate.lm.svg import WIDTH
 
 
 def forgetting(evaluation: Evaluation, palette: Palette) -> Section | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from robustgate.lm.figures import Bar, Line, bars, lines
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.page import Cell, Figure, Key, Row, Section, Stat, Table
-from robustgate.lm.palette import Palette
+from robustgate.lm.report.figures import Bar, Line, bars, lines
+from robustgate.lm.report.page import Cell, Figure, Key, Row, Section, Stat, Table
+from robustgate.lm.report.palette import Palette
 from robustgate.lm.results import Estimate, Evaluation, SystemResult, format_nats
 from robustgate.lm.systems import PREVIOUS, ROBUST, STATIC, UNIFORM, UPDATING
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustgate.lm.causal_cache import GateLayer
+from robustgate.lm.causal.cache import GateLayer
 
 
 @dataclass(frozen=True, eq=False)

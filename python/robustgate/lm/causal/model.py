@@ -1,7 +1,4 @@
-"""The modular model as one causal language model of transformers.
-
-Importing this module registers the model with ``AutoConfig`` and ``AutoModelForCausalLM``.
-"""
+"""K frozen experts and a causal gate as one ``PreTrainedModel``."""
 
 from __future__ import annotations
 
@@ -13,21 +10,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
 )
 
-from robustgate.lm import causal_checks as checks
-from robustgate.lm import causal_files
-from robustgate.lm.causal_cache import GateLayer, ModularCache, expert_cache
-from robustgate.lm.causal_config import MODEL_TYPE, ModularConfig, ModularOutput, new_expert
-from robustgate.lm.causal_gate import track
-from robustgate.lm.causal_reader import Reader
-from robustgate.lm.causal_tokens import NewTokens, chunks
-from robustgate.lm.causal_weights import Weigher
+from robustgate.lm.causal import checks, files
+from robustgate.lm.causal.cache import GateLayer, ModularCache, expert_cache
+from robustgate.lm.causal.config import ModularConfig, ModularOutput, new_expert
+from robustgate.lm.causal.gate import track
+from robustgate.lm.causal.reader import Reader
+from robustgate.lm.causal.tokens import NewTokens, chunks
+from robustgate.lm.causal.weights import Weigher
 from robustgate.lm.gates import Gate, GateSpec
 from robustgate.lm.modular import ModularModel
 from robustgate.ops.mixture_log_softmax import mixture_log_softmax
@@ -124,7 +118,7 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         track(modular.gate())  # refuse before the experts are loaded
         opened = modular.open_experts()
         experts = [opened.load(name, device=device, dtype=dtype) for name in modular.names]
-        config = causal_files.describe(modular, opened, experts, dtype=dtype, top_k=top_k)
+        config = files.describe(modular, opened, experts, dtype=dtype, top_k=top_k)
         return _place(cls(config, experts, modular.gate()), device)
 
     def forward(
@@ -273,7 +267,7 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         Raises:
             ValueError: an expert has no checkpoint to refer to, or it has changed.
         """
-        causal_files.save(self, Path(save_directory), bundle=bundle)
+        files.save(self, Path(save_directory), bundle=bundle)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -302,13 +296,13 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         wanted = None if given in (None, "auto") else given
         if isinstance(wanted, str):
             wanted = getattr(torch, wanted)
-        parts = causal_files.load(Path(pretrained_model_name_or_path), config, wanted)
+        parts = files.load(Path(pretrained_model_name_or_path), config, wanted)
         model = cls(*parts)
         file = Path(pretrained_model_name_or_path) / "generation_config.json"
         if file.is_file():
             model.generation_config = GenerationConfig.from_pretrained(file.parent)
         model.name_or_path = str(pretrained_model_name_or_path)
-        return _place(model, causal_files.device_of(device_map))
+        return _place(model, files.device_of(device_map))
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
@@ -330,7 +324,3 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
 def _place(model: Any, device: torch.device | str | None) -> ModularForCausalLM:
     moved: ModularForCausalLM = model if device is None else model.to(device)
     return moved
-
-
-AutoConfig.register(MODEL_TYPE, ModularConfig, exist_ok=True)
-AutoModelForCausalLM.register(ModularConfig, ModularForCausalLM, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from robustgate.lm.causal_cache import GateLayer, ModularCache
+from robustgate.lm.causal.cache import GateLayer, ModularCache
 from robustgate.ops.expert_log_prob import expert_log_prob
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from robustgate.lm.causal_config import ModularConfig, sizes
+from robustgate.lm.causal.config import ModularConfig, sizes
 from robustgate.lm.checkpoint import checkpoint_sha256, load_model, no_bars, weight_files
 from robustgate.lm.files import (
     explain_full_disk,
