@@ -8,7 +8,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from study import Outcome
+from study import EVERY, Outcome
 from table import at
 
 COLOURS = {
@@ -39,7 +39,7 @@ def draw(found: dict[str, list[Outcome]], folder: Path) -> None:
         band(losses, np.array([s for s, _ in runs[0].oracle]), points, "#cf222e", "oracle, large")
         losses.set(xlabel="share of domain A", ylabel="NLL, nats per token", title=name)
         losses.legend(frameon=False, fontsize=7)
-        steps = np.arange(len(runs[0].mixture))
+        steps = EVERY * np.arange(len(runs[0].mixture))
         band(mixture, steps, np.array([run.mixture for run in runs]), "#1f6feb", "")
         mixture.set(xlabel="step", ylabel="lambda_A", ylim=(0, 1))
         band(normaliser, steps, np.array([run.normaliser for run in runs]), "#1f6feb", "")

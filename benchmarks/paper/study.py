@@ -25,6 +25,7 @@ from robustgate.game import (
 )
 
 EXPERT, GATE, SMALL, LARGE = 8, 6, 16, 20  # widths
+EVERY = 10  # steps of the game from one that is kept to the next
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Effort:
 
 @dataclass
 class Outcome:
-    """NLL per token of every model on domains A and B, and the course of the game."""
+    """NLL per token of every model on domains A and B, and every tenth step of the game."""
 
     nll: dict[str, list[float]] = field(default_factory=dict)  # name: [A, B]
     oracle: list[tuple[float, float]] = field(default_factory=list)  # lambda_A, NLL at it
-    mixture: list[float] = field(default_factory=list)  # lambda_A at each step
+    mixture: list[float] = field(default_factory=list)  # lambda_A
     normaliser: list[float] = field(default_factory=list)
     summary: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
@@ -102,8 +103,9 @@ def run(variant: Variant, seed: int, effort: Effort, device: torch.device) -> Ou
         effort.game_steps,
         samples=lambda step: [pick(pool, flat, step, 5 + k) for k, pool in enumerate(pools)],
     )
-    out.mixture = [float(iterate.mixture[0]) for iterate in course]
-    out.normaliser = [iterate.normaliser.value for iterate in course if iterate.normaliser]
+    kept = course[::EVERY]
+    out.mixture = [float(iterate.mixture[0]) for iterate in kept]
+    out.normaliser = [iterate.normaliser.value for iterate in kept if iterate.normaliser]
     found = trainer.evaluate(exact, fresh)
     assert found.normaliser is not None
     averaged = trainer.averaged_gate()
