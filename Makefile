@@ -49,7 +49,7 @@ $(VENV)/.installed: $(VENV)/.created $(SOURCES)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install '.[dev]'
+	$(PIP) install mypy ruff clang-format
 	touch $@
 
 clean:
