@@ -294,6 +294,30 @@ def test_cached_prior_comes_from_the_first_hundred_development_documents(tmp_pat
     assert any("told the domain" in note for note in result.notes)
 
 
+def test_documents_that_are_judged_and_estimated_from_are_named(evaluation):
+    (note,) = (note for note in evaluation.notes if "cached" in note)
+    assert note.endswith("which for x, y are those it is judged on.")  # one store for both
+
+
+def test_development_scores_of_another_checkpoint_are_refused(tmp_path, corpora):
+    store = make_store(tmp_path / "store", corpora, (*EXPERTS, "monolith"))
+    other = make_store(tmp_path / "other", corpora, ("a", "b", "other", "monolith"))
+    other.add_expert("c", sha256="sha of another c")
+    with pytest.raises(ValueError, match=r"development: expert 'c' of .* is another checkpoint"):
+        evaluate(store, PRIOR, experts=EXPERTS, development=other)
+
+
+def test_a_system_that_rules_out_a_document_is_named(tmp_path, corpora):
+    lengths, log_probs = corpora["x"]
+    log_probs[lengths[0], 1] = -math.inf  # the first token of document 1
+    store = make_store(tmp_path / "store", corpora, (*EXPERTS, "monolith"))
+    with pytest.raises(ValueError, match=r"b: .* it gives document 1 of 'x' probability 0"):
+        evaluate(store, PRIOR, experts=EXPERTS)
+    named = [baseline for baseline in BASELINES if baseline != "experts"]
+    evaluation = evaluate(store, PRIOR, experts=EXPERTS, baselines=named, resamples=2)
+    assert all(math.isfinite(system.mean_nll_per_token) for system in evaluation.systems)
+
+
 def test_fair_systems_know_nothing_but_the_text(evaluation):
     told = {system.name for system in evaluation.systems if not system.fair}
     assert told == {ORACLE, CACHED, UPDATING, PER_DOCUMENT, PER_TOKEN}

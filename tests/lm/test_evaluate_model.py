@@ -142,6 +142,8 @@ def test_options_of_the_prior_gate_are_a_system_of_their_own(model, corpora, tmp
 def test_names_of_gates():
     assert gate_name(GateSpec()) == ROBUST
     assert gate_name(GateSpec(bayes=BayesOptions(top_k=1))) == "robust gate (top_k 1)"
+    assert gate_name(GateSpec(bayes=BayesOptions(top_k=2))) == "robust gate (top_k 2)"
+    assert gate_name(GateSpec(bayes=BayesOptions(top_k=3))) == "robust gate (top_k 3)"
     assert gate_name(GateSpec(bayes=BayesOptions(power=0.5))) == "robust gate (power 0.5)"
     token = GateSpec("token", network=Network())
     assert gate_name(token) == "token gate"
@@ -176,6 +178,18 @@ def test_a_soup_of_other_experts_in_the_store_is_replaced(model, corpora, expert
     before = store.expert_sha256("soup")
     quick(model, corpora, tmp_path, soup=True, baselines=("soup",))
     assert store.expert_sha256("soup") != before
+
+
+def test_an_expert_called_soup_keeps_its_scores(corpora, experts_path, tmp_path):
+    experts = ExpertSet.open({"code": experts_path / "code", "soup": experts_path / "prose"})
+    store = score(experts, corpora, tmp_path / "scores", progress=False)
+    before = store.token_log_probs(corpora[0].name)
+    fit(store, tmp_path / "m", experts=experts)
+    model = ModularModel.load(tmp_path / "m")
+    evaluation = quick(model, corpora, tmp_path, soup=True, baselines=("soup",))
+    assert torch.equal(store.token_log_probs(corpora[0].name), before)
+    assert SOUP not in {system.name for system in evaluation.systems}
+    assert any("left out: an expert is called 'soup'" in note for note in evaluation.notes)
 
 
 def test_soup_of_other_architectures_is_left_out_with_the_reason(

@@ -83,9 +83,23 @@ def test_tuned_weights_are_the_best_on_a_grid(store, evaluation):
         smallest = float(((1 - share) * losses[0] + share * losses[1]).min())
         # The solver's value lies within its tolerance of 1e-4 above the minimum; the grid, of
         # step 1/60, within 0.01 above it, the loss being smooth around an inner minimum.
-        assert max(smallest, 0.0) - 0.01 <= tuned <= max(smallest, 0.0) + 1e-4
+        assert smallest - 0.01 <= tuned <= smallest + 1e-4
     assert (pair.shares[0], pair.shares[-1]) == (0, 1)
     assert max(pair.tuned) <= math.log(2) + 1e-4  # two fixed experts and a coin
+
+
+def test_tuned_weights_go_below_the_oracle_where_documents_need_several_experts(tmp_path):
+    # Each expert is sure of every other document of x, and of none of them otherwise: a coin costs
+    # log 2 on each, a single expert 10 on half of them. On y both are the same.
+    rows = torch.tensor([[0.0, -10.0], [-10.0, 0.0]]).repeat(5, 1)
+    corpora = {"x": ([1] * 10, rows), "y": ([1] * 10, torch.full((10, 2), -1.0))}
+    store = make_store(tmp_path / "store", corpora, ("k", "l"))
+    evaluation = evaluate(store, torch.tensor([0.5, 0.5]), experts=("k", "l"), resamples=2)
+    (pair,) = evaluation.pairs
+    coin = math.log(2) - math.log1p(math.exp(-10)) - 5.0
+    assert evaluation.system(ROBUST).domains[0].excess_per_document == pytest.approx(coin, rel=1e-6)
+    for share, tuned in zip(pair.shares, pair.tuned, strict=True):
+        assert tuned == pytest.approx((1 - share) * coin, abs=1e-4)  # what it is solved to
 
 
 def test_pairs_of_many_domains_are_neighbours(tmp_path):

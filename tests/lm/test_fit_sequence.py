@@ -65,6 +65,12 @@ def test_is_deterministic_for_a_seed(game):
         assert torch.equal(left, right)
 
 
+def test_a_domain_that_every_expert_finds_impossible_is_refused(game):
+    domains = {"x": game[0]["x"], "y": points([0, 2] * 40)}
+    with pytest.raises(ValueError, match="every expert gives some document of domain 'y'"):
+        fit_sequence_gate(domains, PRIOR, SPEC, game[1], samples=64, steps=2, progress=False)
+
+
 def test_refuses_what_does_not_fit(game):
     with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
         fit_sequence_gate(game[0], PRIOR, SPEC, game[1], steps=0)

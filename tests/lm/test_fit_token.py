@@ -77,6 +77,17 @@ def test_learns_from_features_what_no_bayes_gate_can_know(domains):
     assert GateInputs.of(found.gate, fresh).loss(found.gate) < -math.log(0.5) / 2
 
 
+@pytest.mark.parametrize("every", [2, 14])  # documents 0 and 1 of every so many
+def test_a_domain_that_every_expert_finds_impossible_is_refused(domains, every):
+    log_probs = domains["y"].log_probs.clone()
+    starts = domains["y"].offsets[:-1]
+    log_probs[starts[::every], 0] = -math.inf
+    log_probs[starts[1::every], 1] = -math.inf
+    domains["y"] = Packed(log_probs, domains["y"].context, domains["y"].offsets)
+    with pytest.raises(ValueError, match="every expert gives some document of domain 'y'"):
+        fit_token_gate(domains, PRIOR, TOLD, steps=2, progress=False)
+
+
 def test_is_deterministic_for_a_seed(domains):
     one, two, other = (
         fit_token_gate(domains, PRIOR, TOLD, steps=20, seed=seed, progress=False)

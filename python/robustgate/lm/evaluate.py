@@ -73,9 +73,9 @@ def evaluate(
     """Evaluate a gate over experts, and what it should be compared with, from a store.
 
     Intervals are those of ``robustgate.game.bootstrap_worst_case``: documents are resampled
-    within each domain, and the oracle's choices ``k(d)`` stay as they are. Documents cut from one
-    source are alike, which no resampling of documents can show. Memory is that of one slice of the
-    store and of a few numbers per document.
+    within each domain, and the oracle's choices ``k(d)``, made on these same documents, stay as
+    they are. Documents cut from one source are alike, which no resampling of documents can show.
+    Memory is that of one slice of the store and of a few numbers per document.
 
     Args:
         store: Log-probabilities of all experts, and of the other models, on all corpora.
@@ -104,8 +104,8 @@ def evaluate(
 
     Raises:
         ValueError: ``prior`` and ``experts`` disagree, the store lacks an expert or a corpus, a
-            baseline is unknown, a domain has fewer than two documents, or an expert rules out a
-            document.
+            baseline is unknown, ``development`` is of other experts, a domain has fewer than two
+            documents, or a system gives a document probability 0.
 
     Example:
         >>> evaluation = evaluate(store, gate.prior, experts=gate.experts)   # doctest: +SKIP
@@ -135,6 +135,8 @@ def evaluate(
         share,
     )
     domains = tuple(store.corpora if corpora is None else corpora)
+    if development is not None:
+        _check_development(development, store, experts)
     losses = [domain_losses(contest, domain) for domain in domains]
     best = {own.domain: own.best for own in losses}
     return Evaluation(
@@ -151,7 +153,7 @@ def evaluate(
         switch=topic_switch(contest, domains, best),
         divergence=None,
         conflict=None,
-        notes=_notes(contest),
+        notes=_notes(contest, domains),
         confidence=confidence,
         resamples=resamples,
         seed=seed,
@@ -203,13 +205,15 @@ def evaluate_model(
     """
     _check_baselines(baselines)
     experts = model.open_experts()
+    if development is not None and not isinstance(development, LogProbStore):
+        development = LogProbStore.open(development)
     place = model.path / "scores" if store is None else store
     filled = score(experts, corpora, place, features=model.features, progress=progress)
     rivals = _monoliths(monolith, experts)
     for rival in rivals.values():
         score(rival, corpora, filled.path, progress=progress)
     averaged = "soup" in baselines and soup and len(experts) > 1
-    difference = architectures_differ(experts) if averaged else None
+    difference = _why_no_soup(experts) if averaged else None
     if averaged and difference is None:
         _score_soup(experts, corpora, filled, model.path, progress)
     training = model.training
@@ -227,9 +231,7 @@ def evaluate_model(
         monoliths=tuple(rivals),
         soup=_SOUP if averaged and difference is None else None,
         baselines=baselines,
-        development=development
-        if development is None or isinstance(development, LogProbStore)
-        else LogProbStore.open(development),
+        development=development,
         text_bytes={
             corpus.name: sum(len(document.encode()) for document in corpus.documents)
             for corpus in corpora
@@ -262,6 +264,13 @@ def _monoliths(
     return {name: ExpertSet.open({name: path}) for name, path in named.items()}
 
 
+def _why_no_soup(experts: ExpertSet) -> str | None:
+    """Return why the experts' weight average cannot be scored, or ``None`` if it can."""
+    if _SOUP in experts.names:  # the store would confuse the two
+        return f"an expert is called {_SOUP!r}, as it would be"
+    return architectures_differ(experts)
+
+
 def _score_soup(
     experts: ExpertSet,
     corpora: Sequence[Corpus],
@@ -278,7 +287,7 @@ def _score_soup(
         score(mixed, corpora, store.path, progress=progress)
 
 
-def _notes(contest: Contest) -> tuple[str, ...]:
+def _notes(contest: Contest, domains: Sequence[str]) -> tuple[str, ...]:
     """Say what single systems are, and what was left out."""
     notes = []
     if SOUP in contest.kinds():
@@ -287,11 +296,7 @@ def _notes(contest: Contest) -> tuple[str, ...]:
             "parameter: it has no opt-out guarantee."
         )
     if "cached" in contest.baselines:
-        notes.append(
-            "The cached prior is told the domain: it is estimated from other documents of it."
-            if contest.development is not None
-            else "The cached prior is left out: it needs scores of other documents of each domain."
-        )
+        notes.append(_note_on_cached_prior(contest, domains))
     if "updating" in contest.baselines:
         notes.append(
             "The updating prior reads each domain's documents one after the other, which tells it "
@@ -304,6 +309,31 @@ def _notes(contest: Contest) -> tuple[str, ...]:
             f"a causal model. Its probabilities are divided by its normaliser, Z = {z:.4f}."
         )
     return tuple(notes)
+
+
+def _note_on_cached_prior(contest: Contest, domains: Sequence[str]) -> str:
+    if contest.development is None:
+        return "The cached prior is left out: it needs scores of other documents of each domain."
+    same = [
+        domain
+        for domain in domains
+        if contest.development.corpus(domain).sha256 == contest.store.corpus(domain).sha256
+    ]
+    told = "The cached prior is told the domain: it is estimated from"
+    if not same:
+        return f"{told} other documents of it."
+    return f"{told} documents of it, which for {', '.join(same)} are those it is judged on."
+
+
+def _check_development(
+    development: LogProbStore, store: LogProbStore, experts: Sequence[str]
+) -> None:
+    for name in experts:
+        if development.expert_sha256(name) != store.expert_sha256(name):
+            raise ValueError(
+                f"development: expert {name!r} of {development.path} is another checkpoint than "
+                f"that of {store.path}; score it again"
+            )
 
 
 def _check_baselines(baselines: Sequence[str]) -> None:

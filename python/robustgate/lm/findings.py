@@ -12,7 +12,8 @@ class PairCurve:
         e(s) = min_w (1 - s) E_first[excess of w] + s E_second[excess of w]
 
     The excess of ``w`` is that of the sequence mixture ``sum_k w_k pi_k`` over the oracle expert.
-    ``w`` is fitted to the documents it is judged on: a bound, not a system.
+    ``w`` is fitted to the documents it is judged on: a bound, not a system. Where no single expert
+    is the best of all documents of a domain, ``w`` can go below the oracle; then ``e`` is negative.
 
     Attributes:
         first: Domain at share 0.

@@ -7,7 +7,8 @@ can be trained on tokens in any order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -205,6 +206,20 @@ def mean_losses(
     """Return the mean NLL per token of every domain, less its baseline, float64 ``[D]``."""
     losses = [inputs.loss(gate) for inputs in domains.values()]
     return torch.tensor(losses, dtype=torch.float64) - baseline
+
+
+def check_baseline(
+    names: Iterable[str],  # D
+    baseline: Tensor,  # [D]
+) -> None:
+    """Raise ValueError unless the best single expert has a finite loss on every domain."""
+    for name, value in zip(names, baseline.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"domains: every expert gives some document of domain {name!r} probability 0, so "
+                "no single expert has a finite loss there to compare a learned gate with; use "
+                'gate="prior"'
+            )
 
 
 def batches(

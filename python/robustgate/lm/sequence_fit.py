@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustgate.game import Documents, Normaliser, PrimalDual, SequenceGate, normaliser
 from robustgate.game.sample import Sampler
-from robustgate.lm.gate_inputs import Packed, padded_rows
+from robustgate.lm.gate_inputs import Packed, check_baseline, padded_rows
 from robustgate.lm.gates import GateSpec, document_features, standardise
 from robustgate.lm.progress import ProgressBar
 from robustgate.lm.records import GateFit, TrainingRecord
@@ -59,7 +59,8 @@ def fit_sequence_gate(
         A ``GateFit``.
 
     Raises:
-        ValueError: a domain with fewer than two documents, or a number out of range.
+        ValueError: a domain with fewer than two documents, a number out of range, or a domain where
+            every expert gives some document, of the part trained on or held out, probability 0.
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
@@ -68,6 +69,8 @@ def fit_sequence_gate(
     parts = {name: documents.split(seed) for name, documents in domains.items()}
     training = _Part.of([part[0] for part in parts.values()], spec.span)
     held_out = _Part.of([part[1] for part in parts.values()], spec.span)
+    for part in (training, held_out):
+        check_baseline(domains, part.baseline)
     generator = torch.Generator().manual_seed(seed)
     with ProgressBar("draw documents", total=3 * samples * len(samplers), show=progress) as bar:
         drawn = [[draw(samples, generator) for draw in counted(samplers, bar)] for _ in range(3)]

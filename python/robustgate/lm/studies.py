@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustgate.game import Vertices, robust_prior
 from robustgate.lm.findings import Forgetting, PairCurve
-from robustgate.lm.systems import DomainLosses
+from robustgate.lm.systems import ORACLE, DomainLosses
 from robustgate.ops import mixture_log_prob
 
 _SHARES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 1.0)
@@ -73,14 +73,15 @@ def pair_curves(losses: Sequence[DomainLosses]) -> tuple[PairCurve, ...]:
             one.domain,
             two.domain,
             _SHARES,
-            tuple(max(_tuned(one, two, share), 0.0) for share in _SHARES),
+            tuple(_tuned(one, two, share) for share in _SHARES),
         )
         for one, two in pairs
     )
 
 
 def _tuned(one: DomainLosses, two: DomainLosses, share: float) -> float:
-    """Return ``e(s)`` of ``PairCurve``; a negative one is that of the sample, not of the oracle."""
+    """Return ``e(s)`` of ``PairCurve``."""
     log_probs = {own.domain: own.log_probs[:_DOCUMENTS] for own in (one, two)}
+    oracle = {own.domain: float(own.nll[ORACLE][:_DOCUMENTS].mean()) for own in (one, two)}
     known = Vertices([[1.0 - share, share]])
-    return robust_prior(log_probs, baseline="excess", mixtures=known, tol=1e-4).value
+    return robust_prior(log_probs, baseline=oracle, mixtures=known, tol=1e-4).value

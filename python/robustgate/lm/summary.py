@@ -29,11 +29,20 @@ def summarise(
         confidence: Coverage of the intervals.
         resamples: Number of bootstrap resamples.
         seed: Seed of the resamples.
+
+    Raises:
+        ValueError: It gives a document probability 0, or a domain has fewer than two documents.
     """
     results, per_document, per_token = [], {}, {}
     for part in losses:
         own, length = part.nll[name], part.lengths  # [n_d]
         excess = own - part.nll[ORACLE]  # [n_d]
+        if not bool(excess.isfinite().all()):
+            document = int((~excess.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"{name}: expected a finite loss, but it gives document {document} of "
+                f"{part.domain!r} probability 0; leave it out of what is compared (baselines)"
+            )
         rate = excess.sum() / length.sum()
         per_document[part.domain] = excess
         # A mean with the value of the ratio and, to first order, its sampling error.

@@ -35,7 +35,7 @@ from robustgate.game.priors import CACHED_DOCUMENTS
 from robustgate.lm.batches import Batch, first_documents, read_batches
 from robustgate.lm.gates import BayesOptions, Gate, GateSpec
 from robustgate.lm.store import LogProbStore
-from robustgate.lm.weigh import document_log_probs, is_exact
+from robustgate.lm.weigh import document_log_probs
 from robustgate.ops import mixture_log_prob
 
 ORACLE = "oracle expert"
@@ -149,15 +149,12 @@ def gate_name(spec: GateSpec, *, distilled: bool = False) -> str:
         return "sequence gate (not causal)"
     if spec.kind == "token":
         return "distilled token gate" if distilled else "token gate"
-    gate = spec.build(uniform_prior(2))
-    if isinstance(gate, BayesGate) and is_exact(gate):
-        return ROBUST
     given = ", ".join(
         f"{name} {value:g}"
         for name, value in asdict(spec.bayes).items()
         if value != getattr(BayesOptions, name)
     )
-    return f"robust gate ({given})"
+    return f"robust gate ({given})" if given else ROBUST
 
 
 def domain_losses(contest: Contest, domain: str) -> DomainLosses:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from robustgate.game import BayesGate, Simplex, TokenGate
 from robustgate.game.players import MixturePlayer
-from robustgate.lm.gate_inputs import GateInputs, Packed, mean_losses, padded_rows, ragged_rows
+from robustgate.lm.gate_inputs import (
+    GateInputs,
+    Packed,
+    check_baseline,
+    mean_losses,
+    padded_rows,
+    ragged_rows,
+)
 from robustgate.lm.gates import BayesOptions, GateSpec, standardise
 from robustgate.lm.progress import ProgressBar
 from robustgate.lm.records import GateFit, TrainingRecord
@@ -64,8 +71,8 @@ def fit_token_gate(
         A ``GateFit``.
 
     Raises:
-        ValueError: a domain with fewer than two documents, ``steps`` below 1, or an expert that
-            rules out a token that it alone could explain.
+        ValueError: a domain with fewer than two documents, ``steps`` below 1, or a domain where
+            every expert gives some document, of the part trained on or held out, probability 0.
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
@@ -74,6 +81,8 @@ def fit_token_gate(
     held_out = {name: part[1] for name, part in parts.items()}
     baseline = torch.stack([best_expert(part.log_probs) for part in training.values()])  # [D]
     judge = torch.stack([best_expert(part.log_probs) for part in held_out.values()])  # [D]
+    for best in (baseline, judge):
+        check_baseline(domains, best)
     spec = replace(spec, bayes=BayesOptions(share=choose_share(training, prior, baseline)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -6,6 +6,7 @@ part of what is timed. See benchmarks/README.md for why each mode is or is not c
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 import torch
@@ -22,6 +23,7 @@ _TOGETHER = ("forward_backward",)  # gradients are made in the forward pass
 
 
 def _trl() -> Function:
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the loss has no other home
     loss: Function = import_module("trl.experimental.gkd").GKDTrainer.generalized_jsd_loss
 
     def mean(student: Tensor, teacher: Tensor) -> Tensor:  # [N, V] each

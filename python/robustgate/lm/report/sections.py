@@ -229,8 +229,8 @@ def _known_shares(evaluation: Evaluation) -> Table:
         [
             (
                 f"{pair.first}, {pair.second}",
-                *(f"{pair.tuned[i]:.3f}" for i in shown),
-                f"{max(pair.tuned):.3f}",
+                *(format_nats(pair.tuned[i]) for i in shown),
+                format_nats(max(pair.tuned)),
             )
             for pair in evaluation.pairs
         ],
