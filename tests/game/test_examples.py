@@ -22,7 +22,7 @@ def test_docstring_examples(name):
 NOT_MADE_BY_CALLERS = {
     "ActiveSet", "Bounds", "Capacity", "Certificate", "Distillation", "ExactCertificate",
     "ExactSolution", "FlooredPrior", "GradientConflict", "Interference", "Iterate", "MixtureSet",
-    "Normaliser", "RobustPrior", "Sample", "TokenState", "TokenTraining",
+    "Normaliser", "RobustPrior", "Sample", "SequenceDivergence", "TokenState", "TokenTraining",
 }  # fmt: skip
 
 

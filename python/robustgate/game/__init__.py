@@ -35,6 +35,7 @@ from robustgate.game.robust_prior import (
 )
 from robustgate.game.sample import Sample, finite_samplers, sample
 from robustgate.game.sequence_gate import SequenceGate
+from robustgate.game.sequence_jsd import SequenceDivergence, sequence_jsd
 from robustgate.game.solve_exact import ExactSolution, solve_exact
 from robustgate.game.token_gate import TokenGate, TokenState
 from robustgate.game.token_training import TokenTraining, train_token_gate
@@ -65,6 +66,7 @@ __all__ = [
     "PrimalDual",
     "RobustPrior",
     "Sample",
+    "SequenceDivergence",
     "SequenceGate",
     "Simplex",
     "TokenDocuments",
@@ -90,6 +92,7 @@ __all__ = [
     "normaliser",
     "robust_prior",
     "sample",
+    "sequence_jsd",
     "solve_exact",
     "train_token_gate",
     "uniform_prior",
