@@ -28,7 +28,7 @@ test-oldest: $(SOURCES)
 	grep -v -e '^transformers==' -e '^huggingface_hub==' constraints.txt > $(OLDEST)/constraints.txt
 	PIP_CONSTRAINT=$(OLDEST)/constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	  $(OLDEST)/bin/python -m pip install -C cmake.define.ROBUSTGATE_CUDA=OFF \
-	  '.[lm]' transformers==5.17.0 pytest pytest-timeout
+	  '.[lm]' transformers==5.17.0 pytest pytest-timeout scipy
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(wildcard tests/lm/test_causal*.py)
 
 ptxas:
