@@ -1,4 +1,5 @@
 """The cache of a modular model: those of its experts and what the gate knows of the document."""
+# Ignored no-untyped-call: transformers leaves these functions and class hooks unannotated.
 
 from __future__ import annotations
 

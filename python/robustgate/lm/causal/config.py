@@ -1,4 +1,5 @@
 """The configuration and the output of a modular model as transformers sees them."""
+# Ignored no-untyped-call: transformers leaves these functions and class hooks unannotated.
 
 from __future__ import annotations
 

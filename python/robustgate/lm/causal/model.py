@@ -1,4 +1,5 @@
 """K frozen experts and a causal gate as one ``PreTrainedModel``."""
+# Ignored no-untyped-call: transformers leaves these functions and class hooks unannotated.
 
 from __future__ import annotations
 
@@ -236,6 +237,7 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             prompt = kwargs.get("input_ids") if inputs is None else inputs
             length = 1 if prompt is None else prompt.shape[1]  # without a prompt, BOS alone
             kwargs["past_key_values"] = self.make_cache(top_k_experts=count, prompt_length=length)
+        # transformers annotates the decorated method's self with a class of its own.
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def keep_experts(self, count: int | None) -> None:
@@ -254,6 +256,8 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         self.experts.eval()
         return self
 
+    # The parents' further arguments (shards, hubs, quantisation) have no meaning for experts that
+    # stay where they are: these two name their own and take the rest as keywords.
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, bundle: bool = False, **kwargs: Any
     ) -> None:
@@ -304,6 +308,7 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         model.name_or_path = str(pretrained_model_name_or_path)
         return _place(model, files.device_of(device_map))
 
+    # A private method whose further arguments change between releases, and are not needed.
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
