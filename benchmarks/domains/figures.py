@@ -15,6 +15,7 @@ COLOURS = {
     "previous-token gate": "#8c959f",
     "weight-averaged soup": "#d4a72c",
     "monolith-small": "#f0883e",
+    "monolith-brief": "#e16f57",
     "monolith": "#cf222e",
     "uniform Bayes mixture": "#8957e5",
     "robust Bayes mixture": "#6639ba",
@@ -38,7 +39,7 @@ def _excess(found: list[Outcome], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 4))
     for place, name in enumerate(shown):
         rows = np.array([run.systems["experts"][name].excess for run in found])  # [seeds, D]
-        x = np.arange(len(DOMAINS)) + (place - (len(shown) - 1) / 2) * 0.085
+        x = np.arange(len(DOMAINS)) + (place - (len(shown) - 1) / 2) * 0.8 / len(shown)
         centre = rows.mean(axis=0)
         reach = np.abs(np.stack([rows.min(axis=0), rows.max(axis=0)]) - centre)
         axes.errorbar(x, centre, yerr=reach, fmt="o", markersize=4, color=COLOURS[name], label=name)

@@ -1,14 +1,18 @@
 """Scores, gates and evaluations of one seed. What is finished is skipped."""
 
+import re
 from pathlib import Path
 
-from presets import DOMAINS, FEATURES, NETWORKS, Preset
+from presets import DOMAINS, FEATURES, GATES, Gate, Preset
 from training import corpora
 
 from robustgate.lm import ExpertSet, LogProbStore, score
+from robustgate.lm.distill import distill
 from robustgate.lm.evaluate import evaluate_model
 from robustgate.lm.fit import fit
+from robustgate.lm.modular import ModularModel
 from robustgate.lm.results import Evaluation
+from robustgate.lm.systems import BASELINES
 
 KINDS = ("experts", "scratch")
 """Sets of experts: branches of a seed model, and trained from nothing."""
@@ -30,48 +34,65 @@ def test(data: Path, out: Path, preset: Preset, seed: int) -> None:
 
 
 def judge(data: Path, out: Path, preset: Preset, seed: int) -> None:
-    """Fit every gate on validation and evaluate it on test."""
+    """Fit every gate on validation and evaluate it on test, the prior beside everything else."""
     place = out / f"seed{seed}"
     for kind in KINDS:
         if not (place / kind).exists():
             continue
         store = LogProbStore.open(place / "scores" / f"{kind}-valid")
-        experts = _experts(place, kind)
-        for name, network in {"prior": None, **NETWORKS}.items():
-            folder = place / "models" / kind / name.replace(" ", "-")
+        for name, gate in GATES.items():
+            folder = _folder(place, kind, name)
             if (folder / "evaluation.json").exists():
                 continue
-            model = fit(
-                store,
-                folder,
-                gate="prior" if network is None else "token",
-                experts=experts,
-                network=network,
-                features=None if network is None else FEATURES,
-                steps=preset.gate_steps,
-                seed=seed,
-                progress=False,
-            )
+            everything = gate.kind == "prior"
+            alone = everything and kind == "experts"
             evaluate_model(
-                model,
+                _fit(gate, store, folder, _experts(place, kind), preset, seed),
                 corpora(data, "test", preset.documents),
                 store=place / "scores" / f"{kind}-test",
-                monolith=_monoliths(place) if kind == "experts" else None,
-                development=store,
-                gradients=network is None and kind == "experts",
+                monolith=_monoliths(place) if alone else None,
+                baselines=tuple(BASELINES) if everything else ("oracle",),
+                development=store if everything else None,
+                divergence_tokens=256 if everything else 0,
+                gradients=alone,
                 progress=False,
             )
+
+
+def _fit(
+    gate: Gate, store: LogProbStore, folder: Path, experts: ExpertSet, preset: Preset, seed: int
+) -> ModularModel:
+    shared = {"network": gate.network, "steps": preset.gate_steps, "seed": seed, "progress": False}
+    if gate.kind == "distilled":
+        names = [name for name, other in GATES.items() if other.kind == "sequence"]
+        teacher = ModularModel.load(folder.parent / _slug(names[0]))
+        return distill(teacher, folder, **shared)
+    return fit(store, folder, gate=gate.kind, experts=experts, features=gate.features, **shared)
 
 
 def evaluations(out: Path, seed: int, kind: str) -> dict[str, Evaluation]:
     """Read the evaluations of one seed, by the name of the gate; none where none was made."""
-    place = out / f"seed{seed}" / "models" / kind
-    names = {"prior": "prior", **{name: name.replace(" ", "-") for name in NETWORKS}}
+    folders = {name: _folder(out / f"seed{seed}", kind, name) for name in GATES}
     return {
-        name: Evaluation.load(place / folder)
-        for name, folder in names.items()
-        if (place / folder / "evaluation.json").exists()
+        name: Evaluation.load(folder)
+        for name, folder in folders.items()
+        if (folder / "evaluation.json").exists()
     }
+
+
+def models(out: Path, seed: int, kind: str) -> dict[str, ModularModel]:
+    """Read the models of one seed that were evaluated, by the name of the gate."""
+    place = out / f"seed{seed}"
+    names = evaluations(out, seed, kind)
+    return {name: ModularModel.load(_folder(place, kind, name)) for name in names}
+
+
+def _folder(place: Path, kind: str, name: str) -> Path:
+    return place / "models" / kind / _slug(name)
+
+
+def _slug(name: str) -> str:
+    return re.sub("[^a-z]+", "-", name).strip("-")
 
 
 def _score(data: Path, place: Path, split: str, preset: Preset) -> None:
@@ -92,4 +113,5 @@ def _experts(place: Path, kind: str) -> ExpertSet:
 
 
 def _monoliths(place: Path) -> dict[str, Path]:
-    return {"monolith": place / "monolith", "monolith-small": place / "small"}
+    names = {"monolith": "monolith", "monolith-brief": "brief", "monolith-small": "small"}
+    return {name: place / folder for name, folder in names.items()}

@@ -1,7 +1,7 @@
 """How much the study does, and the sizes of its models."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from robustgate.lm.features import FeatureSpec
 from robustgate.lm.gates import Network
@@ -11,11 +11,33 @@ DOMAINS = ("wiki", "code", "biomed", "math", "legal")
 FEATURES = FeatureSpec(entropy=True, top=True, agreement=True)
 """Hidden states were tried: with this little validation text a gate learns them by heart."""
 
-NETWORKS = {
-    "token mlp": Network("mlp", width=64),
-    "token transformer": Network("transformer", width=32, heads=2, hidden=64),
+MLP = Network("mlp", width=64)
+TRANSFORMER = Network("transformer", width=32, heads=2, hidden=64)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How a gate is made: ``"distilled"`` is a causal student of the sequence gate."""
+
+    kind: Literal["prior", "token", "sequence", "distilled"]
+    network: Network | None = None
+    features: FeatureSpec | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether it weighs a token's experts without having seen the token."""
+        return self.kind != "sequence"
+
+
+GATES = {
+    "prior": Gate("prior"),
+    "token mlp": Gate("token", MLP, FEATURES),
+    "token mlp, no features": Gate("token", MLP),
+    "token transformer": Gate("token", TRANSFORMER, FEATURES),
+    "sequence gate (not causal)": Gate("sequence", MLP),
+    "distilled token gate": Gate("distilled", MLP),
 }
-"""The learned gates: of each token's features, and of all tokens so far."""
+"""In the order in which they are fitted: the student comes after its teacher."""
 
 
 def llama(width: int, layers: int, head: int, inner: int | None = None) -> dict[str, Any]:
@@ -37,12 +59,11 @@ class Preset:
         expert, monolith: configurations. The monolith has no fewer weights than all experts.
         seed_steps: of the seed model, on the union.
         branch_steps: of each expert after it, on its own domain.
-        expert_rate, branch_rate, monolith_rate: peak learning rates.
-        monolith_steps: of the monolith; 0 for as many as seed model and experts together.
+        expert_rate, branch_rate, monolith_rate, brief_rate: peak learning rates.
         scratch_seeds: seeds for which experts without a seed model are trained too.
         gate_steps: of the token gates.
         documents: of each split of each domain, at most; 0 for all.
-        bf16: train in bfloat16 autocast, on a GPU.
+        bf16: multiply matrices in bfloat16 in training; scores are always float32.
     """
 
     expert: dict[str, Any]
@@ -55,13 +76,14 @@ class Preset:
     expert_rate: float
     branch_rate: float
     monolith_rate: float
+    brief_rate: float
     gate_steps: int
     scratch_seeds: int = 0
     documents: int = 0
     bf16: bool = False
 
     def total_steps(self, domains: int) -> int:
-        """Return the steps of seed model and experts together, which the monolith makes too."""
+        """Return the steps of seed model and experts together, which a monolith makes too."""
         return self.seed_steps + domains * self.branch_steps
 
 
@@ -73,12 +95,14 @@ CPU = Preset(
     vocab_size=4096,
     context=256,
     batch_size=8,
-    seed_steps=1000,
-    branch_steps=200,
+    seed_steps=750,
+    branch_steps=150,
     expert_rate=6e-3,
     branch_rate=4e-3,
     monolith_rate=3e-3,
+    brief_rate=3e-3,
     gate_steps=600,
+    bf16=True,
 )
 GPU = Preset(
     expert=llama(256, 6, head=64, inner=832),
@@ -91,6 +115,7 @@ GPU = Preset(
     expert_rate=2e-3,
     branch_rate=2e-3,
     monolith_rate=1e-3,
+    brief_rate=1e-3,
     gate_steps=1500,
     scratch_seeds=1,
     bf16=True,
@@ -106,6 +131,7 @@ QUICK = Preset(
     expert_rate=4e-3,
     branch_rate=4e-3,
     monolith_rate=4e-3,
+    brief_rate=4e-3,
     gate_steps=10,
     documents=12,
 )

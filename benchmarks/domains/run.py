@@ -65,7 +65,8 @@ def stages(preset: Preset, seeds: int) -> list[list[tuple[training.Task, int]]]:
     """Return what may run side by side, stage after stage; the longest tasks come first."""
     every = range(seeds)
     train = [(training.monolith, seed) for seed in every]
-    train += [(task, seed) for seed in every for task in (training.experts, training.small)]
+    shorter = (training.experts, training.small, training.brief)
+    train += [(task, seed) for seed in every for task in shorter]
     train += [(training.scratch, seed) for seed in range(min(seeds, preset.scratch_seeds))]
     scores = [(task, seed) for seed in every for task in (judging.test, judging.valid)]
     return [train, scores, [(judging.judge, seed) for seed in every]]

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from judging import KINDS, evaluations
-from presets import DOMAINS, NETWORKS
+from judging import KINDS, evaluations, models
+from presets import DOMAINS
 
-from robustgate.lm.modular import ModularModel
 from robustgate.lm.results import Evaluation, SystemResult
 
 
@@ -86,16 +85,16 @@ def summarise(out: Path, seed: int) -> Outcome:
         if evaluation.switch is not None:
             outcome.switch_positions = list(evaluation.switch.positions)
             for part in evaluation.switch.systems:
-                name = gate if part.system == evaluation.ours and gate in NETWORKS else part.system
+                name = gate if part.system == evaluation.ours and gate != "prior" else part.system
                 outcome.switch[name] = list(part.excess)
+    for gate, model in models(out, seed, "experts").items():
+        content = model.to_json()
+        outcome.prior, outcome.mixture = content["prior"], content["mixture"]
+        outcome.certificate = content["certificate"]
+        if content.get("training") is not None:
+            outcome.gates[gate] = content["training"]
     folder = out / f"seed{seed}"
-    for gate in found:
-        model = ModularModel.load(folder / "models" / "experts" / gate.replace(" ", "-")).to_json()
-        outcome.prior, outcome.mixture = model["prior"], model["mixture"]
-        outcome.certificate = model["certificate"]
-        if gate in NETWORKS:
-            outcome.gates[gate] = model.get("training")
-    for name in ("seed", "monolith", "small", *(f"experts/{d}" for d in DOMAINS)):
+    for name in ("seed", "monolith", "brief", "small", *(f"experts/{d}" for d in DOMAINS)):
         manifest = json.loads((folder / name / "robustgate.json").read_text("utf-8"))
         outcome.models[name] = {key: manifest[key] for key in ("parameters", "tokens", "loss")}
     return outcome

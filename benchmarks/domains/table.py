@@ -6,16 +6,25 @@ from presets import DOMAINS
 from summary import Outcome, System
 
 MARGIN = 1e-3  # nats per token: less is a tie
+GATE, PRIOR, UNIFORM = "token transformer", "robust Bayes mixture", "uniform Bayes mixture"
 PAIRS = (
-    ("token transformer", "uniform Bayes mixture", "a token gate beats the uniform Bayes mixture"),
-    ("token transformer", "oracle expert", "a token gate beats the oracle, which knows the domain"),
-    ("token transformer", "token mlp", "looking at all tokens so far beats the present features"),
-    ("token transformer", "monolith", "it beats the monolith of equal size and equal tokens"),
-    ("token transformer", "monolith-small", "it beats the monolith of equal training arithmetic"),
-    ("robust Bayes mixture", "monolith", "the certified prior alone beats the large monolith"),
-    ("robust Bayes mixture", "monolith-small", "the certified prior alone beats the small one"),
-    ("robust Bayes mixture", "uniform Bayes mixture", "the certified prior beats the uniform one"),
-    ("uniform Bayes mixture", "previous-token gate", "the exact posterior beats its short cut"),
+    (GATE, UNIFORM, "a token gate beats the uniform Bayes mixture"),
+    (GATE, "oracle expert", "a token gate beats the oracle, which knows the domain"),
+    (GATE, "monolith-small", "it beats a model of an expert's size with all tokens"),
+    (
+        GATE,
+        "monolith-brief",
+        "it beats the monolith of equal weights and equal training arithmetic",
+    ),
+    (GATE, "monolith", "it beats the monolith of equal weights and equal tokens"),
+    (GATE, "token mlp", "looking at all tokens so far beats the present features"),
+    ("token mlp", "token mlp, no features", "entropies, maxima and agreements help"),
+    (PRIOR, "monolith-small", "the certified prior alone beats a model of an expert's size"),
+    (PRIOR, "monolith-brief", "the certified prior alone beats the monolith of equal arithmetic"),
+    (PRIOR, "monolith", "the certified prior alone beats the monolith of equal tokens"),
+    (PRIOR, UNIFORM, "the certified prior beats the uniform one"),
+    ("distilled token gate", PRIOR, "a gate distilled from a sequence gate beats the prior"),
+    (UNIFORM, "previous-token gate", "the exact posterior beats its short cut"),
 )
 
 

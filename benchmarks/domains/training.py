@@ -1,11 +1,9 @@
 """Tokenizer, experts and the single models they are compared with. What is finished is skipped."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from presets import DOMAINS, Preset
 
 from robustgate.lm import Corpus, read_corpus, train, train_tokenizer
@@ -37,76 +35,85 @@ def experts(data: Path, out: Path, preset: Preset, seed: int) -> None:
     """Branch-Train-Merge: a seed model reads the union, each expert goes on from it on its own."""
     parts = corpora(data, "train", preset.documents)
     place = out / f"seed{seed}"
-    with _precision(preset):
+    train(
+        union(parts),
+        place / "seed",
+        config=preset.expert,
+        tokenizer=out / "tokenizer",
+        steps=preset.seed_steps,
+        learning_rate=preset.expert_rate,
+        **_common(preset, seed),
+    )
+    for part in parts:
         train(
-            union(parts),
-            place / "seed",
-            config=preset.expert,
-            tokenizer=out / "tokenizer",
-            steps=preset.seed_steps,
-            learning_rate=preset.expert_rate,
+            part,
+            place / "experts" / part.name,
+            init=place / "seed",
+            steps=preset.branch_steps,
+            learning_rate=preset.branch_rate,
             **_common(preset, seed),
         )
-        for part in parts:
-            train(
-                part,
-                place / "experts" / part.name,
-                init=place / "seed",
-                steps=preset.branch_steps,
-                learning_rate=preset.branch_rate,
-                **_common(preset, seed),
-            )
 
 
 def scratch(data: Path, out: Path, preset: Preset, seed: int) -> None:
     """Experts without a seed model: the same tokens in all, nothing shared but the tokenizer."""
-    with _precision(preset):
-        for part in corpora(data, "train", preset.documents):
-            train(
-                part,
-                out / f"seed{seed}" / "scratch" / part.name,
-                config=preset.expert,
-                tokenizer=out / "tokenizer",
-                steps=preset.total_steps(len(DOMAINS)) // len(DOMAINS),
-                learning_rate=preset.expert_rate,
-                **_common(preset, seed),
-            )
+    for part in corpora(data, "train", preset.documents):
+        train(
+            part,
+            out / f"seed{seed}" / "scratch" / part.name,
+            config=preset.expert,
+            tokenizer=out / "tokenizer",
+            steps=preset.total_steps(len(DOMAINS)) // len(DOMAINS),
+            learning_rate=preset.expert_rate,
+            **_common(preset, seed),
+        )
 
 
 def monolith(data: Path, out: Path, preset: Preset, seed: int) -> None:
-    """One model with as many weights as all experts, and as many tokens."""
-    _single(data, out / f"seed{seed}" / "monolith", out, preset, seed, large=True)
+    """One model with the weights of all experts and all tokens: K times their arithmetic."""
+    steps = preset.total_steps(len(DOMAINS))
+    _single(data, out, "monolith", preset, seed, preset.monolith, preset.monolith_rate, steps)
+
+
+def brief(data: Path, out: Path, preset: Preset, seed: int) -> None:
+    """One model with the weights of all experts and their training arithmetic."""
+    steps = preset.total_steps(len(DOMAINS)) // len(DOMAINS)
+    _single(data, out, "brief", preset, seed, preset.monolith, preset.brief_rate, steps)
 
 
 def small(data: Path, out: Path, preset: Preset, seed: int) -> None:
-    """One model of an expert's size with as many tokens as all: equal training arithmetic."""
-    _single(data, out / f"seed{seed}" / "small", out, preset, seed, large=False)
+    """One model with an expert's weights and as many tokens as all: their training arithmetic."""
+    steps = preset.total_steps(len(DOMAINS))
+    _single(data, out, "small", preset, seed, preset.expert, preset.expert_rate, steps)
 
 
-def _single(data: Path, place: Path, out: Path, preset: Preset, seed: int, *, large: bool) -> None:
-    with _precision(preset):
-        train(
-            union(corpora(data, "train", preset.documents)),
-            place,
-            config=preset.monolith if large else preset.expert,
-            tokenizer=out / "tokenizer",
-            steps=preset.total_steps(len(DOMAINS)),
-            learning_rate=preset.monolith_rate if large else preset.expert_rate,
-            **_common(preset, seed),
-        )
+def _single(
+    data: Path,
+    out: Path,
+    name: str,
+    preset: Preset,
+    seed: int,
+    config: dict[str, Any],
+    rate: float,
+    steps: int,
+) -> None:
+    """Train one model on the union of all domains."""
+    train(
+        union(corpora(data, "train", preset.documents)),
+        out / f"seed{seed}" / name,
+        config=config,
+        tokenizer=out / "tokenizer",
+        steps=steps,
+        learning_rate=rate,
+        **_common(preset, seed),
+    )
 
 
 def _common(preset: Preset, seed: int) -> dict[str, Any]:
     return {
         "context": preset.context,
         "batch_size": preset.batch_size,
+        "bf16": preset.bf16,
         "seed": seed,
         "progress": False,
     }
-
-
-@contextmanager
-def _precision(preset: Preset) -> Iterator[None]:
-    """Run matrix products in bfloat16 where the preset says so; the weights stay float32."""
-    with torch.autocast("cuda", torch.bfloat16, enabled=preset.bf16):
-        yield

@@ -13,7 +13,7 @@ from robustgate.lm.fit import fit
 from robustgate.lm.gate_inputs import Packed
 from robustgate.lm.gates import GateSpec, Network, document_features
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.samplers import ExpertSamplers
+from robustgate.lm.samplers import ExpertSamplers, _choose
 from robustgate.lm.score import score
 from robustgate.lm.sequence_fit import fit_sequence_gate
 from robustgate.lm.tokenizer import encode, special_ids
@@ -112,6 +112,15 @@ def test_documents_are_drawn_from_the_expert_they_are_said_to_be_drawn_from(expe
         assert abs(float(mean) - 1) < 4 / math.sqrt(1000)
         # An expert finds its own documents likelier than the other one does.
         assert log_probs[k, :, k].mean() > log_probs[k, :, 1 - k].mean() + 0.5
+
+
+def test_a_token_is_drawn_as_often_as_it_is_likely_and_never_where_it_cannot_be():
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = _choose(probs.expand(40_000, -1), torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn[:, 0], minlength=6) / len(drawn)
+    assert drawn.shape == (40_000, 1)
+    assert shares[probs == 0].tolist() == [0, 0, 0]
+    torch.testing.assert_close(shares, probs, atol=0.01, rtol=0)
 
 
 def test_documents_end_with_the_eos_or_at_the_span(experts_path):

@@ -86,6 +86,19 @@ def test_a_seed_decides_and_the_caller_keeps_his_generators(
     assert tree(one) == tree(again)
 
 
+def test_bfloat16_products_leave_float32_weights(
+    run: Callable[..., TrainResult], tmp_path: Path
+) -> None:
+    plain = run(out=tmp_path / "plain", steps=60)
+    half = run(out=tmp_path / "half", steps=60, bf16=True)
+    assert 1e-5 < abs(half.loss - plain.loss) < 0.1 * plain.loss
+    weights = load_model(half.path).state_dict()
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert any((weight != weight.bfloat16()).any() for weight in weights.values())
+    with pytest.raises(ValueError, match="bf16 True there, False here"):
+        run(out=tmp_path / "half", steps=60)
+
+
 def test_a_branch_of_a_seed_checkpoint(run: Callable[..., TrainResult], tmp_path: Path) -> None:
     seed = run(out=tmp_path / "seed").path
     prose = Corpus.of("prose", make_documents("prose", 30))

@@ -34,6 +34,7 @@ def train(
     tokens: Annotated[int | None, typer.Option(help="Tokens to read; default: one pass.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 2e-3,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Multiply matrices in bfloat16.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.", min=0)] = 0,
     as_json: Json = False,
 ) -> Answer:
@@ -51,6 +52,7 @@ def train(
         tokens=tokens,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        bf16=bf16,
         seed=seed,
     )
     return Answer(

@@ -47,6 +47,7 @@ class Recipe:
         weight_decay: of AdamW.
         warmup: share of the steps in which the learning rate rises from 0.
         schedule: how it falls to 0 afterwards, ``"cosine"`` or ``"linear"``.
+        bf16: matrix products in bfloat16.
         seed: of the weights, the order of the rows and dropout.
     """
 
@@ -63,6 +64,7 @@ class Recipe:
     weight_decay: float
     warmup: float
     schedule: str
+    bf16: bool
     seed: int
 
     def __post_init__(self) -> None:

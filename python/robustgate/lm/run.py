@@ -162,6 +162,8 @@ def run_trainer(
         warmup_steps=math.ceil(recipe.warmup * steps),
         lr_scheduler_type=recipe.schedule,
         optim="adamw_torch_fused",
+        bf16=recipe.bf16,
+        use_cpu=recipe.bf16 and not torch.accelerator.is_available(),  # asked for by bf16 on a CPU
         seed=recipe.seed,
         train_sampling_strategy="sequential",
         save_strategy="no",

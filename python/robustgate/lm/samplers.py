@@ -116,12 +116,22 @@ class ExpertSamplers:
             found = model(input_ids=last.to(model.device), past_key_values=cache, use_cache=True)
             cache = found.past_key_values
             probs = found.logits[:, -1, : self._vocab_size].float().softmax(dim=-1).cpu()
-            last = torch.multinomial(probs, 1, generator=generator)
+            last = _choose(probs, generator)
             out[going, place] = last[going, 0]
             going = going & (last[:, 0] != self._eos)
             if not bool(going.any()):
                 break
         return out
+
+
+def _choose(
+    probs: Tensor,  # [n, V]
+    generator: torch.Generator,
+) -> Tensor:  # int64 [n, 1]
+    """Draw one column of each row by inversion: one random number a row, not one a column."""
+    sums = probs.cumsum(dim=-1, dtype=torch.float64)  # [n, V]
+    place = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64) * sums[:, -1:]
+    return torch.searchsorted(sums, place, right=True).clamp(max=probs.shape[-1] - 1)
 
 
 def counted(samplers: Sequence[Sampler], bar: ProgressBar) -> list[Sampler]:

@@ -78,6 +78,7 @@ def train(
     weight_decay: float = 0.1,
     warmup: float = 0.05,
     schedule: str = "cosine",
+    bf16: bool = False,
     seed: int = 0,
     resume: bool = True,
     checkpoint_seconds: float = 60.0,
@@ -115,6 +116,8 @@ def train(
         weight_decay: of AdamW.
         warmup: share of the steps in which the learning rate rises from 0.
         schedule: how it falls to 0 afterwards, ``"cosine"`` or ``"linear"``.
+        bf16: multiply matrices in bfloat16; the weights and AdamW's state stay float32. 1.5 times
+            as fast on a processor with AVX512-BF16, slow on one without.
         resume: ``False`` forgets an unfinished run.
         checkpoint_seconds: time between checkpoints of the run.
         progress: show a bar when training takes longer than two seconds.
@@ -154,6 +157,7 @@ def train(
         weight_decay=weight_decay,
         warmup=warmup,
         schedule=schedule,
+        bf16=bf16,
         seed=seed,
     )
     run = out.parent / f".{out.name}.run"
