@@ -68,6 +68,13 @@ def remove(folder: Path, name: str = "third", **options: bool) -> OptOut:
     )
 
 
+def opt_out(folder: Path, name: str = "third") -> Path:
+    """Return the only opt-out manifest of an expert; a file that is not there, if it has none."""
+    found = list((folder / "modular").glob(f"opt-out-{name}-????????.json"))
+    assert len(found) < 2
+    return found[0] if found else folder / "modular" / "none"
+
+
 def same_as_without(folder: Path) -> None:
     """Check the model against the one that never knew the third expert."""
     model, other = (

@@ -173,6 +173,7 @@ def test_a_soup_of_other_experts_in_the_store_is_replaced(model, corpora, expert
         ExpertSet.open({"soup": experts_path / "code"}),
         corpora,
         tmp_path / "scores",
+        compared={},
         progress=False,
     )
     before = store.expert_sha256("soup")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from scored import make_store, random_corpora
 from robustgate.game import BayesGate
 from robustgate.lm.batches import first_documents, read_batches
 from robustgate.lm.evaluate import evaluate
+from robustgate.lm.results import Evaluation
 from robustgate.lm.systems import ORACLE, PREVIOUS, ROBUST, SHARE, STATIC, UNIFORM
 
 EXPERTS = ("a", "b", "c")
@@ -56,6 +58,20 @@ def test_an_expert_with_all_the_weight_leaves_equal_shares(store):
     half = evaluate(store, torch.tensor([0.5, 0.5]), experts=("b", "c"), resamples=2)
     for d, result in enumerate(half.system(ROBUST).domains):
         assert sure.forgetting.without[d][0] == pytest.approx(result.nll_per_token, rel=CLOSE)
+
+
+def test_documents_that_the_others_rule_out_are_infinite_and_plain_json(tmp_path):
+    corpora = random_corpora(("x", "y"), experts=3)
+    corpora["x"][1][0, 1:] = -math.inf
+    store = make_store(tmp_path / "store", corpora, EXPERTS)
+    found = evaluate(store, PRIOR, experts=EXPERTS, baselines=("oracle",), resamples=2)
+    assert found.forgetting.without[0][0] == math.inf
+    assert all(map(math.isfinite, (*found.forgetting.whole, *found.forgetting.without[1])))
+    content = found.to_json()
+    assert content["forgetting"]["without"][0][0] == "inf"
+    json.dumps(content, allow_nan=False)
+    found.save(tmp_path)
+    assert Evaluation.load(tmp_path) == found
 
 
 def test_a_single_expert_and_a_single_domain_leave_out_what_needs_two(store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,3 +105,26 @@ def test_an_experts_life(folder: Path, make_checkpoint: Callable[..., Path]) -> 
     assert "Bitwise equal" in shown
     assert (folder / "experts" / "prose" / "model.safetensors").exists()
     assert "give --experts, --store or --model" in call("expert", "list", status=2)
+
+
+def test_a_path_is_printed_as_it_is(
+    folder: Path, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Square brackets in it are no styles, and what ``add`` prints can be typed."""
+    monkeypatch.setenv("COLUMNS", "400")  # so that no table folds a path
+    odd = folder / "[red]" / "[/x]"
+    shutil.copytree(folder / "experts", odd)
+    domains = [f"{name}={folder / name}.txt" for name in DOMAINS]
+    given = ("--experts", odd, "--store", odd / "store")
+    call("score", "--domain", *domains, *given)
+    call("fit", *given, "--out", odd / "modular")
+    shown = call("expert", "list", "--model", odd / "modular")
+    assert str(odd / "code") in shown
+    new = make_checkpoint(odd / "new", seed=6)
+    place = ("--model", odd / "modular", "--store", odd / "store")
+    shown = call("expert", "add", new, *place)
+    assert f"robustgate score --experts {new} --domain" in shown
+    assert "No such option" in call("expert", "add", new, *place, "--name", "legal", status=2)
+    shown = call("expert", "remove", "prose", *place, "--yes")
+    assert str(odd / "modular" / "opt-out-prose-") in shown
+    assert f"checkpoint {new}" in shown

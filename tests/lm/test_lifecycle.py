@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
@@ -21,7 +22,7 @@ from robustgate.lm.score import score
 from robustgate.lm.store import LogProbStore
 
 from .conftest import tree
-from .lives import NAMES, SPEC, TRAINING, record, remove, same_as_without
+from .lives import NAMES, SPEC, TRAINING, opt_out, record, remove, same_as_without
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +50,7 @@ def test_removal_leaves_what_would_be_there_without(life: Path) -> None:
     assert done.weights == "deleted"
     assert len(done.verified) == 2
     assert done.finished is not None
-    assert OptOut.read(life / "modular" / "opt-out-third.json") == done
+    assert OptOut.read(opt_out(life)) == done
 
 
 def test_prior_before_renormalised_and_solved_again(life: Path) -> None:
@@ -93,7 +94,7 @@ def test_a_model_that_does_not_know_its_checkpoints(life: Path) -> None:
     done = remove(life, keep_weights=True)
     assert (done.weights, done.path, done.data) == ("kept", None, None)
     without = fit(LogProbStore.open(life / "without"), life / "model-without")
-    assert tree(without.path).keys() == tree(model.path).keys() - {"opt-out-third.json"}
+    assert tree(without.path).keys() == tree(model.path).keys() - {opt_out(life).name}
     assert (ModularModel.load(model.path).prior == without.prior).all()
 
 
@@ -129,8 +130,24 @@ def test_adding_and_removing_is_the_identity(
     assert all(after[name] == text for name, text in before["store"].items() if "shards" in name)
     fit(store, life / "modular", experts=experts)
     remove(life, "new")
-    (life / "modular" / "opt-out-new.json").unlink()
+    opt_out(life, "new").unlink()
     assert {part: tree(life / part) for part in before} == before
+
+
+def test_a_new_expert_is_scored_in_the_type_of_the_others(
+    life: Path, corpora: tuple[Corpus, Corpus], make_checkpoint: Callable[..., Path]
+) -> None:
+    experts = ExpertSet.open(life / "experts")
+    half = partial(score, corpora=corpora, device="cpu", progress=False, dtype=torch.bfloat16)
+    store = half(experts, store=life / "half")
+    for seed, name in enumerate(("new", "other")):
+        add_expert(make_checkpoint(life / name, seed=60 + seed), store)
+        assert store.expert(name).dtype == "bfloat16"
+        half(ExpertSet.open(life / name), store=life / "half")
+    assert add_expert(life / "experts" / "code", store).scored["code"] == (1, 1)  # again
+    store.add_expert("own", sha256="0" * 64)
+    add_expert(make_checkpoint(life / "mixed", seed=62), store)
+    assert store.expert("mixed").dtype is None
 
 
 def test_killed_at_every_step_and_called_again(life: Path, killed: Callable[..., bool]) -> None:
@@ -142,8 +159,8 @@ def test_killed_at_every_step_and_called_again(life: Path, killed: Callable[...,
     for at in [*range(0, 24, 3), 60]:  # every third step of the removal, and one of the proof
         copy = Path(shutil.copytree(life, life.with_name(f"at{at}")))
         finished += not killed(partial(remove, copy), at=at)
-        if (opt_out := copy / "modular" / "opt-out-third.json").exists():
-            done = OptOut.read(opt_out).finished is not None
+        if opt_out(copy).exists():
+            done = OptOut.read(opt_out(copy)).finished is not None
         else:
             done = False
             assert ModularModel.load(copy / "modular").names == NAMES
@@ -192,7 +209,7 @@ def test_what_may_not_be_deleted(life: Path, make_checkpoint: Callable[..., Path
     with pytest.raises(ValueError, match=r"third: cannot be deleted, for .*inside is or lies in"):
         remove(life)
     assert third.is_dir()
-    assert not (model.path / "opt-out-third.json").exists()
+    assert not opt_out(life).exists()
 
 
 def test_mistakes_are_named_and_change_nothing(life: Path, tmp_path: Path) -> None:
@@ -201,7 +218,7 @@ def test_mistakes_are_named_and_change_nothing(life: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="no expert 'fourth'; it has: code, prose, third"):
         remove_expert("fourth", model, store)
     with pytest.raises(ValueError, match=r"without: does not hold expert 'third'.*fitted on"):
-        remove_expert("third", model, LogProbStore.open(life / "without"))
+        remove_expert("code", model, LogProbStore.open(life / "without"))
     one = ExpertSet.open(life / "experts" / "code")
     alone = score(one, [TRAINING["code"]], tmp_path / "alone", progress=False)
     single = fit(alone, tmp_path / "single", experts=one)
@@ -224,7 +241,8 @@ def test_a_store_that_still_has_something_is_noticed(
     monkeypatch.setattr(LogProbStore, "remove_expert", careless)
     with pytest.raises((RuntimeError, ValueError), match="residue"):
         remove(life)
-    assert OptOut.read(life / "modular" / "opt-out-third.json").finished is None
+    assert OptOut.read(opt_out(life)).finished is None
+    assert (life / "experts" / "third").is_dir()
     forgotten.unlink()
     remove(life)
     same_as_without(life)

@@ -16,13 +16,13 @@ from robustgate.lm.files import sha256_json
 from robustgate.lm.fit import fit
 from robustgate.lm.lineage import MANIFEST, Data, Origin, origins
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.optout import manifest_path
+from robustgate.lm.removal import plan_removal
 from robustgate.lm.score import score
 from robustgate.lm.store import LogProbStore
 from robustgate.lm.tokenizer import train_tokenizer
 from robustgate.lm.train import train
 
-from .lives import TRAINING, record, remove, same_as_without
+from .lives import TRAINING, opt_out, record, remove, same_as_without
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,9 +67,9 @@ def test_carriers_are_named(
     assert all(one.reason and (one.remedy or one.status == "deleted") for one in done.carriers)
     assert not (life / "modular" / "evaluation.json").exists()
     assert LogProbStore.open(life / "modular" / "scores").experts == ("code", "prose")
-    assert json.loads(manifest_path(ModularModel.load(life / "modular"), "third").read_text())[
-        "data"
-    ] == [{"name": "third", "sha256": TRAINING["third"].sha256}]
+    assert json.loads(opt_out(life).read_text())["data"] == [
+        {"name": "third", "sha256": TRAINING["third"].sha256}
+    ]
 
 
 def test_a_learned_gate_is_dropped_and_other_places_are_named(
@@ -148,3 +148,168 @@ def test_training_leaves_a_record(tmp_path: Path) -> None:
 def test_carriers_are_plain_values() -> None:
     carrier = Carrier("seed", "s", "carries", "because")
     assert carrier == Carrier(**vars(carrier))
+
+
+def carriers(folder: Path) -> dict[tuple[str, str], Carrier]:
+    """Return what a removal of the third would name, by kind and last part of the place."""
+    plan = plan_removal(
+        "third", ModularModel.load(folder / "modular"), LogProbStore.open(folder / "store")
+    )
+    return {(one.kind, Path(one.name).name): one for one in plan.carriers}
+
+
+def test_a_part_of_the_data_is_found(life: Path, make_checkpoint: Callable[..., Path]) -> None:
+    """A checkpoint that saw some of the documents and nothing else, few or many."""
+    whole = Corpus.of("whole", [f"document {number}" for number in range(20000)])
+    record(life / "experts" / "third", [whole])
+    few = Corpus.of("few", whole.documents[::400])
+    many = Corpus.of("many", whole.documents[::4])
+    strangers = Corpus.of("strangers", [f"else {number}" for number in range(20000)])
+    for seed, corpus in enumerate((few, many, strangers)):
+        record(make_checkpoint(life / corpus.name, seed=30 + seed), [corpus])
+    found = carriers(life)
+    # Of 50 documents 50 * 64 / 20000 = 0.16 are expected in the sketch of the whole: in doubt.
+    assert found["checkpoint", "few"].status in ("carries", "may carry")
+    assert found["checkpoint", "many"].status == "carries"
+    assert ("checkpoint", "strangers") not in found
+    small = Corpus.of("small", whole.documents[:60])  # its sketch holds all of its documents
+    record(life / "experts" / "third", [small])
+    record(life / "many", [whole])
+    assert carriers(life)["checkpoint", "many"].status in ("carries", "may carry")
+    part = Corpus.of("part", small.documents[:5])
+    record(life / "many", [part])
+    assert carriers(life)["checkpoint", "many"].status == "carries"
+
+
+def test_an_expert_without_a_record(life: Path, make_checkpoint: Callable[..., Path]) -> None:
+    """Nothing can be excluded, but a copy is one all the same."""
+    third = life / "experts" / "third"
+    (third / MANIFEST).unlink()
+    shutil.copytree(third, life / "copy")
+    make_checkpoint(life / "neighbour", seed=40)
+    found = carriers(life)
+    assert {place: one.status for place, one in found.items()} == {
+        ("seed", "unknown"): "may carry",
+        ("tokenizer", "shared tokenizer"): "may carry",
+        ("checkpoint", "code"): "may carry",
+        ("checkpoint", "prose"): "may carry",
+        ("checkpoint", "neighbour"): "may carry",
+        ("checkpoint", "copy"): "carries",
+    }
+    assert found["checkpoint", "copy"].reason == "it is the same checkpoint"
+    third.rename(life / "moved")
+    assert carriers(life)["checkpoint", "moved"].status == "carries"
+
+
+def test_the_same_checkpoint_under_a_second_name(
+    life: Path, corpora: tuple[Corpus, Corpus]
+) -> None:
+    """As another expert of the model it stays and is named; in the store alone it goes."""
+    shutil.copytree(life / "experts" / "third", life / "experts" / "twin")
+    (life / "experts" / "twin" / MANIFEST).unlink()
+    experts = ExpertSet.open(life / "experts")
+    store = score(experts, corpora, life / "store", progress=False)
+    store.add_expert("orphan", sha256=experts.sha256("third"))
+    fit(store, life / "modular", experts=experts)
+    twin = carriers(life)["checkpoint", "twin"]
+    assert (twin.status, twin.reason) == ("carries", "it is the same checkpoint")
+    remove(life)
+    assert store.experts == ModularModel.load(life / "modular").names == ("code", "prose", "twin")
+    fit(store, life / "modular")
+    plan = plan_removal("prose", ModularModel.load(life / "modular"), store, keep_weights=True)
+    kinds = {one.name: one.status for one in plan.carriers if one.kind == "checkpoint"}
+    assert kinds == {"expert code": "may carry", "expert twin": "may carry"}
+
+
+def test_unfinished_training_is_named(life: Path) -> None:
+    """Of another checkpoint, and of the expert where it is not deleted with it."""
+    for name, corpus in (("other", "third"), ("else", "code"), ("third", "third")):
+        run = life / "experts" / f".{name}.run"
+        run.mkdir()
+        settings = {"data": [Data.of(TRAINING[corpus]).to_json()], "init": None}
+        (run / "settings.json").write_text(json.dumps(settings))
+    found = carriers(life)
+    assert found["checkpoint", ".other.run"].status == "carries"
+    assert ("checkpoint", ".else.run") not in found
+    copy = Path(shutil.copytree(life, life.with_name("copy")))
+    remove(life)
+    assert not (life / "experts" / ".third.run").exists()
+    shutil.rmtree(copy / "experts" / "third")
+    last = remove(copy).carriers[-1]
+    assert (last.kind, Path(last.name).name, last.status) == (
+        "checkpoint",
+        ".third.run",
+        "may carry",
+    )
+    assert (copy / "experts" / ".third.run").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"format": "robustgate modular model"},
+        {"format": "robustgate modular model", "experts": [{"name": "third"}]},
+        {"format": "robustgate modular model", "experts": ["third"]},
+        {"format": "robustgate log-prob store", "experts": {"third": None}},
+        {"format": "robustgate log-prob store", "experts": 3},
+    ],
+)
+def test_a_damaged_neighbour_may_carry(life: Path, content: dict[str, object]) -> None:
+    (life / "damaged").mkdir()
+    (life / "damaged" / "manifest.json").write_text(json.dumps(content))
+    kind = str(content["format"]).split()[-1]
+    assert carriers(life)[kind, "damaged"].status == "may carry"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"data": ["a.txt"]},
+        {"data": [{"name": "a"}]},
+        {"data": [{"name": "a", "sha256": "b", "sketch": None}]},
+        {"data": [{"name": "a", "sha256": "b", "sketch": [1, 2]}]},
+        {"settings": "none"},
+        {"settings": {"init": ["seed"]}, "ancestor": "unknown"},
+    ],
+)
+def test_a_damaged_record_says_nothing(life: Path, content: dict[str, object]) -> None:
+    (life / "experts" / "code" / MANIFEST).write_text(json.dumps(content))
+    assert carriers(life)["checkpoint", "code"].status == "may carry"
+
+
+def test_an_average_in_a_store_beside_this_one(
+    life: Path, corpora: tuple[Corpus, Corpus], make_checkpoint: Callable[..., Path]
+) -> None:
+    """What holds scores of these experts may hold their average; another store is none of ours."""
+    shutil.copytree(life / "without", life / "eval")
+    for place in ("eval", "elsewhere"):
+        soup = ExpertSet.open({"soup": make_checkpoint(life.parent / place / "soup", seed=50)})
+        score(soup, corpora, life / place, progress=False)
+    found = {
+        one.name: one.status
+        for one in plan_removal(
+            "third", ModularModel.load(life / "modular"), LogProbStore.open(life / "store")
+        ).carriers
+        if one.kind == "store"
+    }
+    assert found == {f"expert soup in {life / 'eval'}": "may carry"}
+
+
+def test_a_recorded_average_goes_with_its_members(
+    life: Path, corpora: tuple[Corpus, Corpus], make_checkpoint: Callable[..., Path]
+) -> None:
+    """``evaluate`` records what it averaged: in the fit's store it goes, in others it is named."""
+    store = LogProbStore.open(life / "store")
+    members = {name: store.expert_sha256(name) for name in store.experts}
+    soup = ExpertSet.open({"soup": make_checkpoint(life.parent / "soup", seed=50)})
+    shutil.copytree(life / "store", life / "eval")
+    for place in ("store", "eval"):
+        score(soup, corpora, life / place, compared=members, slice_tokens=300, progress=False)
+    (left := life / "modular" / ".soup~host~1~2~.tmp").mkdir()
+    fit(LogProbStore.open(life / "store"), life / "modular")  # does not know where its experts lie
+    done = remove(life, keep_weights=True)
+    named = {one.name: one.status for one in done.carriers if one.kind == "store"}
+    in_eval = {f"expert soup in {life / 'eval'}": "carries", str(life / "eval"): "carries"}
+    assert named == {"expert soup": "deleted", **in_eval}
+    assert LogProbStore.open(life / "store").experts == ("code", "prose")
+    assert not left.exists()

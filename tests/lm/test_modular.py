@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from scored import make_store, random_corpora
 
 from robustgate.game import robust_prior
+from robustgate.lm import publish
 from robustgate.lm.experts import ExpertSet
 from robustgate.lm.fit import fit
 from robustgate.lm.modular import ModularModel
@@ -194,3 +197,35 @@ def test_experts_are_remembered_and_checked(tmp_path, experts_path, corpora, mak
 def test_a_model_without_paths_says_how_to_get_them(model):
     with pytest.raises(FileNotFoundError, match="fit again with --experts"):
         model.open_experts()
+
+
+def test_two_fits_at_once_leave_one_whole_model(tmp_path, store, monkeypatch):
+    """A second fit that begins while the first writes waits for it."""
+    model, threads, write = tmp_path / "modular", [], publish.write_json
+
+    def interrupted(path, content):
+        if not threads:
+            threads.append(Thread(target=fit, args=(store, model), kwargs={"delta": 0.2}))
+            threads[0].start()
+            threads[0].join(timeout=1)  # without a lock it would be through by now
+        write(path, content)
+
+    monkeypatch.setattr(publish, "write_json", interrupted)
+    fit(store, model, delta=0.3)
+    threads[0].join()
+    assert ModularModel.load(model).certificate.delta == 0.2
+    assert len(list(model.glob("gate-*.safetensors"))) == 1
+
+
+def test_a_linked_folder_keeps_the_way_to_its_experts(tmp_path, experts_path, corpora):
+    experts = ExpertSet.open(shutil.copytree(experts_path, tmp_path / "real" / "experts"))
+    store = score(experts, corpora, tmp_path / "store", device="cpu", progress=False)
+    (tmp_path / "big" / "deep").mkdir(parents=True)
+    (tmp_path / "modular").symlink_to(tmp_path / "big" / "deep", target_is_directory=True)
+    assert fit(store, tmp_path / "modular", experts=experts).open_experts().names == experts.names
+    (tmp_path / "experts").symlink_to(tmp_path / "real" / "experts", target_is_directory=True)
+    linked = ExpertSet.open(tmp_path / "experts")
+    assert fit(store, tmp_path / "other", experts=linked).open_experts().names == experts.names
+    (tmp_path / "code").symlink_to(tmp_path / "experts" / "code", target_is_directory=True)
+    alone = fit(store, tmp_path / "alone", experts=ExpertSet.open({"code": tmp_path / "code"}))
+    assert alone.experts[0].path.is_symlink()

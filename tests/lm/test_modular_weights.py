@@ -53,6 +53,11 @@ def test_documents_of_a_data_set_are_drawn_in_these_shares():
         found.of(["w", "x"])
 
 
+def test_weights_of_documents_are_not_rounded_on_the_way():
+    given = DataWeights({"a": 0.1, "b": 0.9}, {"a": 1, "b": 3}).of(["b", "a", "b", "b"])
+    assert given.tolist() == [0.9 / 3, 0.1, 0.9 / 3, 0.9 / 3]
+
+
 def test_other_numbers_of_documents(model):
     found = data_weights(model, {"z": 30, "x": 10, "y": 20})
     assert list(found.documents.items()) == [("x", 10), ("y", 20), ("z", 30)]

@@ -127,6 +127,57 @@ def test_adding_and_removing_an_expert_leaves_no_trace(tmp_path: Path) -> None:
         store.token_log_probs("wiki", ["c"])
 
 
+def test_what_is_written_after_a_removal_is_refused(tmp_path: Path) -> None:
+    """A process that scores has asked for its shards before and does not look again."""
+    store = make(tmp_path / "store", "a", "b")
+    shards = store.shards("b", "wiki")
+    values = [shard.read() for shard in shards]
+    store.remove_expert("b")
+    before = tree(store.path)
+    with pytest.raises(ValueError, match="expert 'b' was removed while it was being scored"):
+        shards[0].write(values[0])
+    store.add_expert("b", sha256="another")
+    with pytest.raises(ValueError, match="expert 'b' was removed"):
+        shards[0].write(values[0])
+    store.remove_expert("b")
+    store.remove_corpus("wiki")
+    with pytest.raises(ValueError, match="expert 'b', corpus 'wiki' was removed"):
+        shards[0].write(values[0])
+    make(store.path)
+    assert tree(store.path).keys() == before.keys() - {
+        f"shards/a/wiki/0000{index}.safetensors" for index in (0, 1)
+    }
+
+
+def test_what_a_killed_removal_left_is_not_taken_for_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards do not say which type the weights were converted to; the manifest does."""
+    store = make(tmp_path / "store", "a", "b")
+    store.add_joint(["a", "b"])
+    for shard in store.joint_shards(["a", "b"], "wiki"):
+        shard.write(torch.zeros(shard.shape))
+    with monkeypatch.context() as killed:
+        killed.setattr(LogProbStore, "clean", lambda self: None)
+        store.remove_expert("b")
+    assert (store.path / "shards" / "b" / "wiki").exists()
+    store.add_expert("b", sha256="B", dtype="bfloat16")
+    assert not any(shard.sound() for shard in store.shards("b", "wiki"))
+    store.add_joint(["a", "b"])
+    assert not any(shard.sound() for shard in store.joint_shards(["a", "b"], "wiki"))
+    fill(store, "b")
+    store.add_expert("b", sha256="B", dtype="bfloat16")
+    assert all(shard.sound() for shard in store.shards("b", "wiki"))
+
+
+def test_a_document_without_a_token_is_refused(tmp_path: Path) -> None:
+    store = LogProbStore.create(tmp_path / "store", "T")
+    offsets = torch.tensor([0, 3, 3, 5])
+    with pytest.raises(ValueError, match="of corpus 'wiki', its end, got none in document 1"):
+        store.add_corpus("wiki", sha256="W", offsets=offsets, window=8, stride=4)
+    assert store.corpora == ()
+
+
 def test_removing_a_corpus(tmp_path: Path) -> None:
     store = make(tmp_path / "store", "a")
     store.remove_corpus("wiki")

@@ -195,6 +195,19 @@ def test_rows_are_a_function_of_seed_and_pass() -> None:
     assert not torch.equal(PackedRows(ids, 10, 10, seed=4)[0]["labels"], read[:1])
 
 
+def test_a_checkpoint_of_a_version_that_knew_no_bfloat16(
+    run: Callable[..., TrainResult], tmp_path: Path
+) -> None:
+    out = tmp_path / "expert"
+    run(out=out, steps=1)
+    manifest = json.loads((out / MANIFEST).read_text())
+    del manifest["settings"]["bf16"]
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    assert run(out=out, steps=1).resumed_from == 1
+    with pytest.raises(ValueError, match="bf16 False there, True here"):
+        run(out=out, steps=1, bf16=True)
+
+
 def test_a_finished_folder_is_not_trained_again(
     run: Callable[..., TrainResult], tmp_path: Path
 ) -> None:

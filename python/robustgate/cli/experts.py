@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from robustgate.cli.app import Domains, Json, app, parse_domains
@@ -55,13 +56,11 @@ def train(
         bf16=bf16,
         seed=seed,
     )
-    return Answer(
-        {**asdict(result), "path": str(result.path)},
-        (
-            f"{result.path}: {result.parameters:,} parameters, {result.tokens:,} tokens in "
-            f"{result.seconds:.0f} s, last loss {result.loss:.3f} nats per token",
-        ),
+    text = (
+        f"{result.path}: {result.parameters:,} parameters, {result.tokens:,} tokens in "
+        f"{result.seconds:.0f} s, last loss {result.loss:.3f} nats per token"
     )
+    return Answer({**asdict(result), "path": str(result.path)}, (escape(text),))
 
 
 class Dtype(str, Enum):
@@ -185,17 +184,16 @@ def add(
     model: Annotated[
         Path | None, typer.Option(help="Modular model whose experts it will join.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Default: the folder's name.")] = None,
     as_json: Json = False,
 ) -> Answer:
-    """Check that a checkpoint can join the experts of a store, and register it there."""
+    """Check that a checkpoint can join a store's experts, and register it by its folder's name."""
     from robustgate.lm import LogProbStore
     from robustgate.lm.lifecycle import add_expert, tidy
     from robustgate.lm.modular import ModularModel
 
     opened = LogProbStore.open(store)
     loaded = ModularModel.load(model) if model else None
-    info = add_expert(checkpoint, opened, name=name, model=loaded)
+    info = add_expert(checkpoint, opened, model=loaded)
     known = [entry.path for entry in loaded.experts if entry.path] if loaded else []
     others = [str(tidy(path)) for path in known] or ["..."]
     everyone = " ".join([*others, str(checkpoint)])
@@ -205,7 +203,7 @@ def add(
         f"robustgate fit --store {store} --experts {everyone} --out {model or 'modular'}",
     ]
     text = f"registered in {store}; nothing is scored yet. Next:\n  " + "\n  ".join(steps)
-    return Answer({**info.to_json(), "next": steps}, (expert_table([info]), text))
+    return Answer({**info.to_json(), "next": steps}, (expert_table([info]), escape(text)))
 
 
 @expert.command(cls=Command)
@@ -243,9 +241,10 @@ def remove(
     carriers = Table("what", "status", "why, and what to do", title=f"The data of {name}")
     for one in done.carriers:
         why = f"{one.reason}; {one.remedy}" if one.remedy else one.reason
-        carriers.add_row(f"{one.kind} {one.name}", one.status, why)
-    file = str(manifest_path(loaded, name))
-    view = (weights, carriers, "Bitwise equal: " + "; ".join(done.verified) + f".\n{file}")
+        carriers.add_row(*map(escape, (f"{one.kind} {one.name}", one.status, why)))
+    file = str(manifest_path(loaded, name, done.sha256))
+    text = escape("Bitwise equal: " + "; ".join(done.verified) + f".\n{file}")
+    view = (weights, carriers, text)
     return Answer({**asdict(done), "manifest": file}, view)
 
 
@@ -273,7 +272,7 @@ def expert_table(infos: list[ExpertInfo]) -> Table:
     for title in known:
         table.add_column(title, no_wrap=title in ("expert", "sha256"), overflow="fold")
     for row in zip(*known.values(), strict=True):
-        table.add_row(*(cell or "-" for cell in row))
+        table.add_row(*(escape(cell or "-") for cell in row))
     return table
 
 

@@ -20,7 +20,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from robustgate.game import BayesGate
 from robustgate.lm.conflict import expert_divergence, monolith_conflict
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
+from robustgate.lm.files import remove_abandoned, scratch_folder
 from robustgate.lm.gates import Gate, GateSpec
 from robustgate.lm.modular import ModularModel
 from robustgate.lm.results import Evaluation
@@ -204,6 +204,7 @@ def evaluate_model(
             monolith has the name of an expert.
     """
     _check_baselines(baselines)
+    remove_abandoned(model.path)
     experts = model.open_experts()
     if development is not None and not isinstance(development, LogProbStore):
         development = LogProbStore.open(development)
@@ -211,11 +212,11 @@ def evaluate_model(
     filled = score(experts, corpora, place, features=model.features, progress=progress)
     rivals = _monoliths(monolith, experts)
     for rival in rivals.values():
-        score(rival, corpora, filled.path, progress=progress)
+        score(rival, corpora, filled.path, compared={}, progress=progress)
     averaged = "soup" in baselines and soup and len(experts) > 1
     difference = _why_no_soup(experts) if averaged else None
     if averaged and difference is None:
-        _score_soup(experts, corpora, filled, model.path, progress)
+        difference = _score_soup(experts, corpora, filled, model.path, progress)
     training = model.training
     evaluation = evaluate(
         filled,
@@ -277,14 +278,20 @@ def _score_soup(
     store: LogProbStore,
     folder: Path,
     progress: bool,
-) -> None:
-    """Average the experts' weights and score the result; the checkpoint is not kept."""
-    with TemporaryDirectory(prefix=".soup-", dir=folder) as temporary:
-        checkpoint = average_weights(experts, Path(temporary) / _SOUP)
-        mixed = ExpertSet.open({_SOUP: checkpoint})
+) -> str | None:
+    """Average the experts' weights and score the result; the checkpoint is not kept.
+
+    Returns why it was not scored, or ``None`` if it was.
+    """
+    with scratch_folder(folder / _SOUP) as scratch:
+        mixed = ExpertSet.open({_SOUP: average_weights(experts, scratch / _SOUP)})
         if _SOUP in store.experts and store.expert_sha256(_SOUP) != mixed.sha256(_SOUP):
-            store.remove_expert(_SOUP)  # of other experts
-        score(mixed, corpora, store.path, progress=progress)
+            if _SOUP not in store.compared:
+                return f"{store.path} holds an expert called {_SOUP!r}, as it would be"
+            store.remove_expert(_SOUP)  # the average of other experts
+        members = {name: experts.sha256(name) for name in experts.names}
+        score(mixed, corpora, store.path, compared=members, progress=progress)
+    return None
 
 
 def _notes(contest: Contest, domains: Sequence[str]) -> tuple[str, ...]:

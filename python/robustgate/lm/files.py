@@ -13,12 +13,11 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^~]*)~(?P<pid>\d+)~\.tmp$")
 _FULL = ("No space left on device", "inline_container.cc")  # safetensors, torch.save
 _NAME = re.compile(r"[\w][\w.+-]{0,99}")
 
@@ -204,10 +203,15 @@ def remove_abandoned(folder: Path) -> int:
     Returns:
         How many were deleted.
     """
-    found = [path for path in folder.rglob(".*~.tmp") if _abandoned(path)]
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return len(found)
+    count = 0
+    for place, folders, files in os.walk(folder):
+        named = [name for name in (*folders, *files) if name.endswith("~.tmp")]
+        found = [name for name in named if _abandoned(Path(place, name))]
+        for name in found:
+            _delete(Path(place, name))
+        folders[:] = [name for name in folders if name not in found]
+        count += len(found)
+    return count
 
 
 def remove_folder(path: Path) -> None:
@@ -221,7 +225,7 @@ def remove_folder(path: Path) -> None:
     except FileNotFoundError:
         return
     fsync(path.parent)
-    shutil.rmtree(hidden)
+    _delete(hidden)
 
 
 @contextmanager
@@ -247,25 +251,47 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 def _temporary(path: Path) -> Path:
     """Return a name beside ``path`` that says which process of which machine writes it."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}~{os.getpid()}~.tmp")
+    return path.with_name(f".{path.name}{_machine()}{os.getpid()}~.tmp")
+
+
+def _machine() -> str:
+    """Return what comes before the number of a process: the host's name and who numbers there.
+
+    Containers may share the name of a host, but each counts its processes by itself.
+    """
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        namespace = 0
+    return f"~{socket.gethostname()}~{namespace}~"
 
 
 def _fresh(path: Path) -> Path:
     """Return the temporary name, after deleting what is left there from processes that are gone."""
     temporary = _temporary(path)
-    for other in path.parent.glob(f".{glob.escape(path.name)}.*~.tmp"):
+    for other in path.parent.glob(f".{glob.escape(path.name)}[~.]*~.tmp"):
         if other == temporary or _abandoned(other):
-            shutil.rmtree(other) if other.is_dir() else other.unlink()
+            _delete(other)
     return temporary
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or a folder, though others may be deleting it at the same time."""
+    while path.is_dir():
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def _abandoned(path: Path) -> bool:
     """Whether a file is temporary and its writer was a process of this machine that is gone."""
-    match = _TEMPORARY.match(path.name)
-    if match is None or match["host"] != socket.gethostname():
+    older = f".{socket.gethostname()}~"  # in names that earlier versions gave
+    writer = "|".join(map(re.escape, (_machine(), older)))
+    match = re.fullmatch(rf"\..+(?:{writer})(\d+)~\.tmp", path.name)
+    if match is None:
         return False
     try:
-        os.kill(int(match["pid"]), 0)
+        os.kill(int(match[1]), 0)
     except ProcessLookupError:
         return True
     except PermissionError:

@@ -52,7 +52,9 @@ def fit(
         out: Folder of the model, made or replaced.
         gate: ``"prior"``, ``"token"`` or ``"sequence"``.
         experts: The checkpoints, checked against the store and remembered in the model; without
-            them the model can be evaluated only where they are given. A sequence gate needs them.
+            them the model is of all that the store holds, but for what ``evaluate`` compared
+            experts with, and can be evaluated only where they are given. A sequence gate needs
+            them.
         baseline: ``"hindsight"``, ``"excess"`` or ``"raw"``, see ``CertificateRecord``. Measured
             with hindsight a document's loss lies between 0 and ``-log min_k w_k``; measured as
             excess it has the scale of a log-likelihood ratio, hundreds of nats, and a single odd
@@ -83,7 +85,7 @@ def fit(
     """
     if baseline not in BASELINES:
         raise ValueError(f"baseline: expected one of {', '.join(BASELINES)}, got {baseline!r}")
-    names = store.experts if experts is None else experts.names
+    names = _entrants(store) if experts is None else experts.names
     if not names or not store.corpora:
         raise ValueError(f"{store.path}: holds no scored experts and corpora; score some first")
     folder = Path(out)
@@ -167,10 +169,16 @@ def _read(
     }
 
 
+def _entrants(store: LogProbStore) -> tuple[str, ...]:
+    """Return the names in a store but for soups and monoliths."""
+    return tuple(name for name in store.experts if name not in store.compared)
+
+
 def _entries(store: LogProbStore, experts: ExpertSet | None) -> tuple[ExpertEntry, ...]:
     """Return the experts of the model, checked against the store."""
     if experts is None:
-        return tuple(ExpertEntry(name, store.expert_sha256(name), None) for name in store.experts)
+        names = _entrants(store)
+        return tuple(ExpertEntry(name, store.expert_sha256(name), None) for name in names)
     for name in experts.names:
         if experts.sha256(name) != store.expert_sha256(name):
             raise ValueError(

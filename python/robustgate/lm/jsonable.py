@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
 
+def to_json(value: Any) -> dict[str, Any]:
+    """Return a dataclass as JSON values.
+
+    Args:
+        value: A dataclass as ``from_json`` builds them.
+
+    Returns:
+        Its fields; infinities, which JSON does not have, are the strings ``"inf"`` and ``"-inf"``.
+    """
+    plain: dict[str, Any] = _plain(asdict(value))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
 def from_json(kind: type[T], data: Any) -> T:
-    """Build a dataclass from what ``dataclasses.asdict`` and JSON made of it.
+    """Build a dataclass from what ``to_json`` and JSON made of it.
 
     Args:
         kind: A dataclass whose fields are numbers, strings, dataclasses, tuples ``tuple[X, ...]``
@@ -53,6 +75,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, list):
             raise TypeError(f"{name}: expected a list, got {type(value).__name__}")
         return tuple(_value(get_args(hint)[0], item, name) for item in value)
+    if hint is float and value in ("inf", "-inf"):
+        return float(value)
     accepted = (int, float) if hint is float else hint
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise TypeError(f"{name}: expected {hint.__name__}, got {type(value).__name__}")

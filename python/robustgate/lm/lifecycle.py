@@ -101,6 +101,8 @@ def add_expert(
 ) -> ExpertInfo:
     """Check that a checkpoint can join, and register it in a store; nothing is scored.
 
+    It will be scored in the type that all experts of the store are scored in, if there is one.
+
     Args:
         checkpoint: its folder.
         store: the log-prob store.
@@ -138,7 +140,7 @@ def add_expert(
                 f"{store.path} is scored in windows of {window}; score all experts into a new "
                 "store with a smaller window"
             )
-    store.add_expert(name, sha256=experts.sha256(name))
+    store.add_expert(name, sha256=experts.sha256(name), dtype=_dtype(store, name))
     return ExpertInfo(name, experts.sha256(name), **info, scored=_scored(store, name))
 
 
@@ -155,6 +157,14 @@ def _describe(path: Path) -> dict[str, Any]:
         "context": context_length(read_config(path)),
         "parameters": parameter_count(path),
     }
+
+
+def _dtype(store: LogProbStore, name: str) -> str | None:
+    """Return the type that a store has for an expert, or for all; ``None`` for their own."""
+    if name in store.experts:
+        return store.expert(name).dtype
+    common = {store.expert(other).dtype for other in store.experts}
+    return common.pop() if len(common) == 1 else None
 
 
 def _scored(store: LogProbStore, name: str) -> dict[str, tuple[int, int]]:

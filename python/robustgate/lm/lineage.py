@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MANIFEST = "robustgate.json"
 """Name of the training record in the folder of a checkpoint or of a tokenizer."""
 
+RUN_SETTINGS = "settings.json"
+"""Name of what ``train`` leaves in the folder of a run that is not finished."""
+
 SKETCH = 64
 """Documents that a sketch remembers."""
 
@@ -99,11 +102,17 @@ class Origin:
     tokenizer: tuple[Data, ...] | None
 
 
+def run_folder(checkpoint: Path) -> Path:
+    """Return the hidden folder beside a checkpoint that ``train`` keeps until it is finished."""
+    return checkpoint.with_name(f".{checkpoint.name}.run")
+
+
 def origins(checkpoint: str | os.PathLike[str]) -> list[Origin]:
     """Return where a checkpoint comes from: itself, then its seed, the seed's seed, and so on.
 
     Args:
-        checkpoint: its folder; nothing but the training record is read.
+        checkpoint: its folder, or that of an unfinished run; nothing but the training record, or
+            the settings of the run, is read.
 
     Returns:
         At least one ``Origin``; the last one has ``data=None`` where the records end before the
@@ -134,21 +143,37 @@ def describe(corpora: Sequence[Corpus]) -> list[dict[str, Any]]:
 
 def _record(folder: Path) -> Mapping[str, Any]:
     """Return the training record in a folder; an empty one if there is none that can be read."""
+    if folder.match(run_folder(Path("*")).name):
+        return {"settings": read_object(folder / RUN_SETTINGS)}
+    return read_object(folder / MANIFEST)
+
+
+def read_object(file: Path) -> Mapping[str, Any]:
+    """Return the JSON object in a file; an empty one if the file is missing or something else."""
     try:
-        content = read_json(folder / MANIFEST)
+        return _object(read_json(file))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _walk(record: Mapping[str, Any]) -> Iterator[Origin]:
-    settings = record.get("settings", {})
-    data = record.get("data", settings.get("data"))
-    yield Origin(_parse(data), settings.get("init"), _parse(record.get("tokenizer_data")))
-    if settings.get("init"):
-        yield from _walk(record.get("ancestor") or {})
+    settings = _object(record.get("settings"))
+    data, init = record.get("data", settings.get("data")), settings.get("init")
+    init = str(init) if init else None
+    yield Origin(_parse(data), init, _parse(record.get("tokenizer_data")))
+    if init:
+        yield from _walk(_object(record.get("ancestor")))
+
+
+def _object(content: Any) -> Mapping[str, Any]:
+    return content if isinstance(content, dict) else {}
 
 
 def _parse(data: Any) -> tuple[Data, ...] | None:
     """Return the corpora of a record; ``None`` where it says nothing usable."""
-    return tuple(map(Data.from_json, data)) if isinstance(data, list) else None
+    try:
+        corpora = tuple(map(Data.from_json, data)) if isinstance(data, list) else None
+    except (KeyError, TypeError, AttributeError):
+        return None
+    words = [word for part in corpora or () for word in (part.name, part.sha256, *part.sketch)]
+    return corpora if all(isinstance(word, str) for word in words) else None

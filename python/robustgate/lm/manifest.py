@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,16 @@ class Manifest:
         experts: by name.
         joint: sorted names of experts with features of their own as a set, by the name of the
             folder that holds these.
+        compared: which of ``experts`` are models that experts are only compared with, and for each
+            the hashes of the experts it was made from, by name: of a soup its members, of a
+            monolith none.
     """
 
     tokenizer_sha256: str
     corpora: dict[str, CorpusEntry]
     experts: dict[str, ExpertEntry]
     joint: dict[str, list[str]]
+    compared: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def corpus(self, name: str) -> CorpusEntry:
         """Return the entry of a corpus, or raise ``ValueError`` with the names there are."""
@@ -110,8 +114,9 @@ def read_manifest(folder: Path) -> Manifest:
             {name: CorpusEntry(**entry) for name, entry in content["corpora"].items()},
             {name: ExpertEntry(**entry) for name, entry in content["experts"].items()},
             {name: list(experts) for name, experts in content.get("joint", {}).items()},
+            {name: dict(members) for name, members in content.get("compared", {}).items()},
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: damaged ({error}); restore it from a copy, or score into a new store"
         ) from error
@@ -120,6 +125,8 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a store atomically."""
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    if not manifest.compared:  # as in stores of earlier versions
+        del content["compared"]
     write_json(folder / "manifest.json", content)
 
 

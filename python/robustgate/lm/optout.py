@@ -18,7 +18,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class OptOut:
-    """A removal, planned or done: the content of ``opt-out-<name>.json``.
+    """A removal, planned or done: the content of ``opt-out-<name>-<hash>.json``.
 
     Attributes:
         name: the expert's name.
@@ -72,6 +72,25 @@ class OptOut:
         write_json(file, {**about, **asdict(self)})
 
 
-def manifest_path(model: ModularModel, name: str) -> Path:
-    """Return the file of an expert's opt-out manifest."""
-    return model.path / f"opt-out-{name}.json"
+def manifest_path(model: ModularModel, name: str, sha256: str) -> Path:
+    """Return the file of an expert's opt-out manifest; each checkpoint of a name has its own."""
+    return model.path / f"opt-out-{name}-{sha256[:8]}.json"
+
+
+def interrupted(model: ModularModel, name: str) -> OptOut | None:
+    """Return the plan of a removal that was begun and not finished, if there is one.
+
+    Args:
+        model: the modular model.
+        name: the expert's name. If the model has such an expert, only a plan for that very
+            checkpoint counts.
+
+    Raises:
+        ValueError: an opt-out manifest of this name is damaged.
+    """
+    current = {entry.name: entry.sha256 for entry in model.experts}.get(name)
+    for file in sorted(model.path.glob(manifest_path(model, name, "?" * 8).name)):
+        plan = OptOut.read(file)
+        if plan.name == name and plan.finished is None and current in (None, plan.sha256):
+            return plan
+    return None

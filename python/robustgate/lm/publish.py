@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save
 
 from robustgate import __version__
-from robustgate.lm.files import sha256_json, write_atomic, write_json
+from robustgate.lm.files import exclusive, sha256_json, write_atomic, write_json
 from robustgate.lm.modular import FORMAT, PARAMETERS, VERSION, ExpertEntry, ModularModel
 from robustgate.lm.store import LogProbStore
+
+_HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one writer at a time change a model; who holds the lock may take it again.
+
+    Args:
+        folder: that of the model; the file ``.lock`` in it is made if needed and left there.
+    """
+    held, own = _HELD.get(), folder.resolve()
+    if own in held:
+        yield
+        return
+    with exclusive(own / ".lock"):
+        token = _HELD.set(held | {own})
+        try:
+            yield
+        finally:
+            _HELD.reset(token)
 
 
 def publish(model: ModularModel) -> ModularModel:
@@ -57,19 +81,24 @@ def publish(model: ModularModel) -> ModularModel:
     }
     check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / file, content)
-    for name in ("evaluation.json", "trace.json"):
-        (folder / name).unlink(missing_ok=True)
-    write_json(folder / "manifest.json", manifest)
-    for other in folder.glob("gate-*.safetensors"):
-        if other.name != file:
-            other.unlink()
-    return ModularModel.load(folder)
+    with locked(folder):
+        write_atomic(folder / file, content)
+        for name in ("evaluation.json", "trace.json"):
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / "manifest.json", manifest)
+        for other in folder.glob("gate-*.safetensors"):
+            if other.name != file:
+                other.unlink()
+        return ModularModel.load(folder)
 
 
 def check_place(folder: Path) -> None:
-    """Raise ``FileExistsError`` if a folder holds files that are not a modular model."""
-    if not (folder / "manifest.json").exists() and any(folder.glob("[!.]*")):
+    """Raise ``FileExistsError`` if a folder holds files that are not a modular model.
+
+    A gate without a manifest is one: that of a model that is being written, or was to be.
+    """
+    others = [file for file in folder.glob("[!.]*") if not file.match("gate-*.safetensors")]
+    if others and not (folder / "manifest.json").exists():
         raise FileExistsError(f"{folder}: holds other files; choose another folder")
 
 
@@ -85,6 +114,12 @@ def store_sha256(store: LogProbStore) -> str:
 
 
 def _entry(folder: Path, expert: ExpertEntry) -> dict[str, str | None]:
-    """Return an expert's entry in the manifest; its path is relative to the model."""
-    path = None if expert.path is None else Path(os.path.relpath(expert.path, folder)).as_posix()
+    """Return an expert's entry in the manifest; its path leads there from the model's real folder.
+
+    A checkpoint that is itself a link stays one.
+    """
+    path = None
+    if expert.path is not None:
+        place = expert.path.parent.resolve() / expert.path.name
+        path = Path(os.path.relpath(place, folder.resolve())).as_posix()
     return {"name": expert.name, "sha256": expert.sha256, "path": path}

@@ -33,8 +33,16 @@ class StoreReader:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """The experts' names, sorted."""
+        """The names of the experts, and of what they were compared with, sorted."""
         return tuple(sorted(read_manifest(self.path).experts))
+
+    @property
+    def compared(self) -> dict[str, dict[str, str]]:
+        """Which of ``experts`` are only compared with, and the hashes of what each is made from.
+
+        The weight-averaged soup is made from experts, by name, a monolith from none.
+        """
+        return read_manifest(self.path).compared
 
     @property
     def corpora(self) -> tuple[str, ...]:

@@ -29,6 +29,10 @@ DEFAULT_CONFIG = {
 """The Llama trained when neither a configuration nor a seed checkpoint is given."""
 
 
+_ADDED = {"bf16": False}
+"""Settings that earlier versions did not write down, and what they did."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Settings of a training run.
@@ -95,10 +99,11 @@ class Recipe:
 
     def check_same(self, folder: Path, known: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` naming every setting that differs from those found in a folder."""
+        there = {**_ADDED, **known}
         differing = [
-            f"{name} {known.get(name)} there, {value} here"
+            f"{name} {there.get(name)} there, {value} here"
             for name, value in self.to_json().items()
-            if known.get(name) != value
+            if there.get(name) != value
         ]
         if differing:
             raise ValueError(

@@ -1,26 +1,30 @@
 """Taking an expert out: its weights, its scores, its place in the prior, with a proof.
 
-Everything that happens is written down first, in ``opt-out-<name>.json`` in the model's folder.
+Everything that happens is written down first, in ``opt-out-<name>-<hash>.json`` in the model's
+folder, and one process at a time does it, under the model's lock.
 Each step can be done again, so that a removal that was killed is finished by calling it again.
 """
 
 from __future__ import annotations
 
-import filecmp
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from robustgate.lm.carriers import find_carriers
-from robustgate.lm.checkpoint import checkpoint_sha256, weight_files
+from robustgate.lm.carriers import Carrier, find_carriers
+from robustgate.lm.checkpoint import checkpoint_sha256
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.files import read_json, remove_abandoned, remove_folder, scratch_folder
+from robustgate.lm.files import remove_abandoned, remove_folder
 from robustgate.lm.fit import fit
-from robustgate.lm.lineage import Data, Origin, origins
+from robustgate.lm.lineage import Data, Origin, origins, run_folder
 from robustgate.lm.modular import ExpertEntry, ModularModel
-from robustgate.lm.optout import OptOut, manifest_path
+from robustgate.lm.optout import OptOut, interrupted, manifest_path
+from robustgate.lm.proof import prove
+from robustgate.lm.publish import locked
+from robustgate.lm.removable import check_domains, check_store, check_weights
+from robustgate.lm.soup import remove_averages
 from robustgate.lm.store import LogProbStore
 
 
@@ -36,24 +40,25 @@ def plan_removal(
         keep_weights: leave the checkpoint where it is.
 
     Returns:
-        The plan, unfinished; that of an earlier call if it was killed.
+        The plan, unfinished; that of an earlier call if it was killed, with ``keep_weights`` as
+        it is now.
 
     Raises:
-        ValueError: no such expert, the only one, a checkpoint that may not be deleted, or a store
-            that is not that of the model, or not complete.
+        ValueError: no such expert, the only one, a checkpoint that may not be deleted, or can no
+            longer be kept, or a store that is not that of the model, not complete, damaged, or
+            mixed with other files.
         FileNotFoundError: another expert's checkpoint is missing.
     """
-    file = manifest_path(model, name)
-    if file.exists() and (begun := OptOut.read(file)).finished is None:
-        return begun
+    if (begun := interrupted(model, name)) is not None:
+        return _resumed(begun, model, store, keep_weights)
     if name not in model.names:
         raise ValueError(f"{model.path}: no expert {name!r}; it has: {', '.join(model.names)}")
     if len(model.names) == 1:
         raise ValueError(f"{model.path}: {name!r} is its only expert; delete the model instead")
     entry = model.experts[model.names.index(name)]
-    _check_store(model, store)
-    _others(name, model)
-    weights = _check_weights(entry, model, store, keep_weights)
+    check_store(entry, model, store)
+    _open([other for other in model.experts if other.name != name])
+    weights = check_weights(entry, model, store, keep_weights)
     origin = [Origin(None, None, None)] if entry.path is None else origins(entry.path)
     prior = dict(zip(model.names, model.prior.tolist(), strict=True))
     rest = 1.0 - prior[name]
@@ -86,9 +91,9 @@ def remove_expert(
 
     The expert's log-probabilities and features are deleted from the store, and from the model's
     own store of evaluations, with those of models made from it (the soup, a monolith); the robust
-    prior is solved again from what remains, which replaces a learned gate too; evaluations go; the
-    checkpoint folder is deleted. Then the store is written anew from its values and a model fitted
-    to that, and both are compared byte by byte.
+    prior is solved again from what remains, which replaces a learned gate too; evaluations go.
+    Then the store is written anew from its values and a model fitted to that, and both are
+    compared byte by byte. With that proof the checkpoint folder is deleted.
 
     Args:
         name: the expert.
@@ -98,12 +103,14 @@ def remove_expert(
         plan: what ``plan_removal`` has just returned; made here if left out.
 
     Returns:
-        The finished manifest, as written to ``opt-out-<name>.json`` in the model's folder.
+        The finished manifest, as written to ``opt-out-<name>-<hash>.json`` in the model's folder.
 
     Raises:
-        ValueError: as for ``plan_removal``, and then nothing is changed; or another expert's
-            checkpoint has changed since the fit: put it back and call again.
-        RuntimeError: the store or the model are not what they would be without the expert.
+        ValueError: as for ``plan_removal``, or the model on disk is not ``model`` any more, and
+            then nothing is changed; or another expert's checkpoint has changed since the fit: put
+            it back and call again.
+        RuntimeError: the store or the model are not what they would be without the expert; the
+            checkpoint is still there.
         OSError: a file could not be written or deleted; call again to finish.
 
     Example:
@@ -112,121 +119,132 @@ def remove_expert(
         >>> [carrier.name for carrier in done.carriers]                       # doctest: +SKIP
         ['checkpoint 5f0c5e3b9a7d1c24', 'shared tokenizer']
     """
-    if plan is None:
-        plan = plan_removal(name, model, store, keep_weights=keep_weights)
-    file = manifest_path(model, name)
+    with locked(model.path):
+        now = ModularModel.load(model.path)
+        if (now.experts, now.to_json()) != (model.experts, model.to_json()):
+            raise ValueError(f"{model.path}: has changed since it was read; load it again")
+        if plan is None:
+            plan = plan_removal(name, model, store, keep_weights=keep_weights)
+        elif plan.name != name or (keep_weights and plan.weights == "deleted"):
+            raise ValueError(
+                f"plan: removes expert {plan.name!r}, weights: {plan.weights}; plan again for "
+                f"{name!r} with keep_weights={keep_weights}"
+            )
+        return _remove(plan, model, store)
+
+
+def _remove(plan: OptOut, model: ModularModel, store: LogProbStore) -> OptOut:
+    """Do what a plan says, from wherever an earlier call was stopped."""
+    others = [entry for entry in model.experts if entry.name != plan.name]
+    staying = [entry for entry in others if entry.name in store.experts]
+    resumed = interrupted(model, plan.name) is not None
+    if not staying or (len(staying) < len(others) and not resumed):
+        missing = ", ".join(entry.name for entry in others if entry not in staying)
+        raise ValueError(
+            f"{store.path}: does not hold other experts of {model.path}: {missing}; give the store "
+            "that the model was fitted on, or fit the model again to what this one holds"
+        )
+    experts = _open(staying)
+    file = manifest_path(model, plan.name, plan.sha256)
     remove_abandoned(model.path)
+    remove_averages(model.path)
     plan.write(file)
-    _forget(name, plan.sha256, model, store)
-    experts = _others(name, model)
-    names = [other for other in model.names if other != name]
+    _forget(plan, {entry.name: entry.sha256 for entry in staying}, model, store)
+    names = [entry.name for entry in staying]
     fitted = _fit(store, model.path, experts, names, plan)
+    verified = prove(
+        plan.name,
+        plan.sha256,
+        fitted,
+        store,
+        names,
+        lambda fresh, folder: _fit(fresh, folder, experts, names, plan),
+    )
     if plan.weights == "deleted" and plan.path is not None:
         _delete(Path(plan.path), plan.sha256)
     done = replace(
         plan,
+        carriers=(*plan.carriers, *_unfinished(plan)),
         prior={
             **plan.prior,
             "solved": dict(zip(fitted.names, fitted.prior.tolist(), strict=True)),
         },
-        verified=_verify(fitted, store, experts, names, plan),
+        verified=verified,
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     done.write(file)
     return done
 
 
+def _resumed(begun: OptOut, model: ModularModel, store: LogProbStore, keep_weights: bool) -> OptOut:
+    """Return an interrupted plan, with the weights' fate as it is asked for now."""
+    path = None if begun.path is None else Path(begun.path)
+    planned = ExpertEntry(begun.name, begun.sha256, path)
+    entry = next((one for one in model.experts if one.name == begun.name), planned)
+    check_domains(entry, model, store)
+    gone = entry.path is not None and not entry.path.exists()
+    if gone and begun.weights == "deleted" and keep_weights:
+        raise ValueError(
+            f"{entry.path}: is deleted already by the removal of expert {begun.name!r} that was "
+            "interrupted, so it cannot be kept; finish without --keep-weights"
+        )
+    weights = check_weights(entry, model, store, keep_weights)
+    return replace(
+        begun,
+        path=None if entry.path is None else str(entry.path.resolve()),
+        weights="deleted" if gone and begun.weights == "deleted" else weights,
+    )
+
+
 def _named(data: Data) -> dict[str, Any]:
     return {"name": data.name, "sha256": data.sha256}
 
 
-def _check_store(model: ModularModel, store: LogProbStore) -> None:
-    """Refuse a store that is not that of the model, or cannot be fitted."""
-    for entry in model.experts:
-        if entry.name not in store.experts or store.expert_sha256(entry.name) != entry.sha256:
-            raise ValueError(
-                f"{store.path}: does not hold expert {entry.name!r} of {model.path}; give the "
-                "store that the model was fitted on"
-            )
-    missing = set(model.domains).symmetric_difference(store.corpora)
-    if missing:
-        raise ValueError(
-            f"{store.path}: its corpora are not the domains of {model.path} (differing: "
-            f"{', '.join(sorted(missing))}); give the store that the model was fitted on"
-        )
-    shards = [shard for own in model.names for c in store.corpora for shard in store.shards(own, c)]
-    if lost := next((shard for shard in shards if not shard.path.is_file()), None):
-        raise ValueError(f"{lost.path}: no such file; score expert {lost.experts[0]!r} again first")
-    if any(entry.path is None for entry in model.experts) and set(store.experts) != set(
-        model.names
-    ):
-        raise ValueError(
-            f"{store.path}: holds experts that are not in {model.path}, which does not know where "
-            "its own lie; fit it again with --experts"
-        )
-
-
-def _check_weights(entry: ExpertEntry, model: ModularModel, store: LogProbStore, keep: bool) -> str:
-    """Return what becomes of a checkpoint folder, if it is safe to delete."""
-    path = entry.path
-    if keep:
-        return "kept"
-    if path is None:
-        raise ValueError(
-            f"{model.path}: does not know where expert {entry.name!r} lies; delete its checkpoint "
-            "yourself and pass --keep-weights"
-        )
-    links = [path, *path.rglob("*")] if path.is_dir() else [path]
-    if link := next((link for link in links if link.is_symlink()), None):
-        raise ValueError(
-            f"{link}: is a symbolic link, so deleting {path} would leave weights where it points; "
-            "delete them yourself and pass --keep-weights"
-        )
-    if not path.exists():
-        return "gone before"
-    weight_files(path)
-    if checkpoint_sha256(path) != entry.sha256:
-        raise ValueError(
-            f"{path}: is not the checkpoint of expert {entry.name!r} any more, so it is not "
-            "deleted; move it away, or pass --keep-weights"
-        )
-    needed = [other.path for other in model.experts if other.path and other.name != entry.name]
-    for other in (*needed, model.path, store.path):
-        if other.resolve().is_relative_to(path.resolve()):
-            raise ValueError(f"{path}: cannot be deleted, for {other} is or lies in it; move that")
-    return "deleted"
-
-
-def _forget(name: str, sha256: str, model: ModularModel, store: LogProbStore) -> None:
+def _forget(
+    plan: OptOut, staying: Mapping[str, str], model: ModularModel, store: LogProbStore
+) -> None:
     """Delete what the expert has said from the store, and from the model's own of evaluations.
 
     The latter may also hold the weight-averaged soup and a monolith: only experts that stay, stay.
     """
     store.clean()
-    if name in store.experts and store.expert_sha256(name) == sha256:
-        store.remove_expert(name)
+    made_from = store.compared
+    for other in store.experts:
+        itself = store.expert_sha256(other) == plan.sha256 and other not in staying
+        if itself or plan.sha256 in made_from.get(other, {}).values():
+            store.remove_expert(other)
     if (model.path / "scores" / "manifest.json").exists():
         scores = LogProbStore(model.path / "scores")
         scores.clean()
-        kept = {entry.name: entry.sha256 for entry in model.experts if entry.name != name}
         for other in scores.experts:
-            if kept.get(other) != scores.expert_sha256(other):
+            if staying.get(other) != scores.expert_sha256(other):
                 scores.remove_expert(other)
 
 
 def _delete(folder: Path, sha256: str) -> None:
     """Delete a checkpoint, and what an unfinished training of it has left."""
-    if folder.exists() and checkpoint_sha256(folder) != sha256:
-        raise ValueError(f"{folder}: is another checkpoint than before; move it away, then go on")
+    if folder.exists():
+        if checkpoint_sha256(folder) != sha256:
+            raise ValueError(
+                f"{folder}: is another checkpoint than before; move it away, then go on"
+            )
+        remove_folder(run_folder(folder))  # first, for without the checkpoint it may be a new run
     remove_folder(folder)
-    remove_folder(folder.with_name(f".{folder.name}.run"))
 
 
-def _others(name: str, model: ModularModel) -> ExpertSet | None:
-    """Open the checkpoints of all experts but one; ``None`` if the model does not know them."""
-    paths = {entry.name: entry.path for entry in model.experts if entry.name != name}
-    known = {other: path for other, path in paths.items() if path is not None}
-    return ExpertSet.open(known) if len(known) == len(paths) else None
+def _unfinished(plan: OptOut) -> tuple[Carrier, ...]:
+    """Return the folder of an unfinished training under the expert's name, if it stays."""
+    run = None if plan.path is None else run_folder(Path(plan.path))
+    if run is None or not run.exists():
+        return ()
+    reason = "an unfinished training of this expert, or of another in its place, lies there"
+    return (Carrier("checkpoint", str(run), "may carry", reason, "look at it, or delete it"),)
+
+
+def _open(entries: Sequence[ExpertEntry]) -> ExpertSet | None:
+    """Open checkpoints; ``None`` if the model does not know where they lie."""
+    known = {entry.name: entry.path for entry in entries if entry.path is not None}
+    return ExpertSet.open(known) if len(known) == len(entries) else None
 
 
 def _fit(
@@ -237,7 +255,7 @@ def _fit(
     plan: OptOut,
 ) -> ModularModel:
     """Solve the prior from a store, as the plan says."""
-    if experts is None and set(store.experts) != set(names):
+    if experts is None and {*store.experts} - {*store.compared} != {*names}:
         raise ValueError(f"{store.path}: holds other experts than {', '.join(names)}")
     return fit(
         store,
@@ -247,49 +265,3 @@ def _fit(
         delta=plan.delta,
         progress=False,
     )
-
-
-def _verify(
-    fitted: ModularModel,
-    store: LogProbStore,
-    experts: ExpertSet | None,
-    names: Sequence[str],
-    plan: OptOut,
-) -> tuple[str, ...]:
-    """Compare store and model with ones that are made without the expert."""
-    with scratch_folder(store.path) as scratch:
-        fresh = LogProbStore.create(scratch / "store", store.tokenizer_sha256)
-        store.copy_to(fresh)
-        ours, theirs = _files(store.path), _files(fresh.path)
-        for file in sorted(ours | theirs):
-            if file not in ours & theirs or not filecmp.cmp(
-                store.path / file, fresh.path / file, shallow=False
-            ):
-                raise RuntimeError(
-                    f"{store.path / file}: is not what a store without expert {plan.name!r} has "
-                    "there; score into a new store and fit again"
-                )
-        again = _content(_fit(fresh, scratch / "model", experts, names, plan))
-        for what, value in _content(fitted).items():
-            if value != again[what]:
-                raise RuntimeError(
-                    f"{fitted.path}: {what} is {value}, but {again[what]} in a model fitted from a "
-                    f"store without expert {plan.name!r}; fit again"
-                )
-    return (
-        f"{len(ours)} files of the store, with those of a store written without the expert",
-        "prior, least favourable mixture and certificate, with those of a model fitted from that",
-    )
-
-
-def _content(model: ModularModel) -> dict[str, Any]:
-    """Return a model's manifest, with the hash of its numbers, but for where the experts lie."""
-    content: dict[str, Any] = read_json(model.path / "manifest.json")
-    experts = [{"name": entry["name"], "sha256": entry["sha256"]} for entry in content["experts"]]
-    return {**content, "experts": experts}
-
-
-def _files(folder: Path) -> set[str]:
-    """Return the files of a store by their relative paths, but for its lock."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.lock")
-    return {path.relative_to(folder).as_posix() for path in files}

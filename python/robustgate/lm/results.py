@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from robustgate.lm.files import read_json, write_json
 from robustgate.lm.findings import Conflict, Divergence, Forgetting, PairCurve, TopicSwitch
-from robustgate.lm.jsonable import from_json
+from robustgate.lm.jsonable import from_json, to_json
 
 FILE = "evaluation.json"
 VERSION = 2
@@ -151,8 +151,8 @@ class Evaluation:
     seed: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return the evaluation as JSON values."""
-        return {"version": VERSION, **asdict(self)}
+        """Return the evaluation as JSON values, see ``jsonable.to_json``."""
+        return {"version": VERSION, **to_json(self)}
 
     def save(self, folder: Path) -> None:
         """Write ``evaluation.json`` into the folder of a modular model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -46,6 +46,7 @@ def score(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     slice_tokens: int = SLICE_TOKENS,
+    compared: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> LogProbStore:
     """Score every document under every expert and keep the token log-probabilities.
@@ -78,6 +79,8 @@ def score(
         dtype: type to convert the weights to; what the store records for the expert, or else that
             of each checkpoint, if left out.
         slice_tokens: tokens in one shard, which is what a killed run can lose.
+        compared: given if these are models that experts are only compared with; see
+            ``LogProbStore.add_expert``.
         progress: show a bar when scoring takes longer than two seconds.
 
     Returns:
@@ -86,7 +89,8 @@ def score(
     Raises:
         ValueError: the store belongs to another tokenizer, holds another corpus or checkpoint
             under one of the names, an expert cannot read ``window`` tokens or looks ahead, two
-            corpora have one name, or a log-probability is NaN or plus infinity.
+            corpora have one name, a log-probability is NaN or plus infinity, or an expert was
+            removed from the store meanwhile.
         OSError: a shard could not be written; what was complete stays.
 
     Example:
@@ -128,6 +132,7 @@ def score(
             expert,
             sha256=experts.sha256(expert, progress=progress),
             dtype=recorded if dtype is None else str(dtype).removeprefix("torch."),
+            compared=compared,
         )
     wanted = FeatureSpec() if features is None else features
     if wanted.jsd:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from robustgate.lm.files import sha256_json
-from robustgate.lm.manifest import FORMAT, VERSION, Manifest
+from robustgate.lm.files import exclusive, sha256_json
+from robustgate.lm.manifest import FORMAT, VERSION, Manifest, read_manifest
 from robustgate.lm.tensorfile import DamagedFileError, read_tensor, write_tensor
 from robustgate.lm.windows import slice_documents
 
@@ -32,6 +32,8 @@ class Shard:
         first: number of the first document.
         offsets: where its documents start among the corpus's tokens, and where the last one ends,
             int64 [documents of the shard + 1].
+        store: the folder of the store.
+        manifest: that of the store, when the shard was asked for.
     """
 
     path: Path
@@ -41,6 +43,8 @@ class Shard:
     corpus: str
     first: int
     offsets: Tensor  # [documents of the shard + 1]
+    store: Path
+    manifest: Manifest = field(repr=False)
 
     @property
     def documents(self) -> tuple[int, int]:
@@ -102,8 +106,22 @@ class Shard:
                 f"corpus {self.corpus!r}: its weights or logits are not finite. Nothing was stored "
                 "for this run of documents"
             )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensor(self.path, values, self.identity)
+        with exclusive(self.store / "manifest.lock"):
+            self._check_registered()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensor(self.path, values, self.identity)
+
+    def _check_registered(self) -> None:
+        """Raise ``ValueError`` if what the shard belongs to was removed after it was asked for."""
+        now, then = read_manifest(self.store), self.manifest
+        gone = [f"expert {n!r}" for n in self.experts if now.experts.get(n) != then.experts[n]]
+        if now.corpora.get(self.corpus) != then.corpora[self.corpus]:
+            gone.append(f"corpus {self.corpus!r}")
+        if gone:
+            raise ValueError(
+                f"{self.store}: {', '.join(gone)} was removed while it was being scored, so these "
+                "scores were not stored; score it again if it is to be there"
+            )
 
 
 def shards_of(
@@ -183,6 +201,8 @@ def _cut(
             corpus,
             first,
             offsets[first : last + 1],
+            folder,
+            manifest,
         )
         for index, (first, last) in enumerate(
             slice_documents(offsets, manifest.corpus(corpus).slice_tokens)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustgate.lm.checkpoint import no_bars
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.files import new_folder, read_json
+from robustgate.lm.files import new_folder, read_json, remove_folder
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -69,6 +69,19 @@ def average_weights(
         model.save_pretrained(folder)
         experts.tokenizer.save_pretrained(folder)
     return Path(out)
+
+
+def remove_averages(folder: Path) -> None:
+    """Delete averages of experts' weights that evaluations, killed or at work, hold for a while.
+
+    An evaluation at work fails then.
+
+    Args:
+        folder: A modular model's.
+    """
+    for pattern in (".soup~*~.tmp", ".soup-*"):  # the second is that of earlier versions
+        for path in folder.glob(pattern):
+            remove_folder(path)
 
 
 def architectures_differ(experts: ExpertSet) -> str | None:

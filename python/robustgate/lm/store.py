@@ -11,14 +11,15 @@
 
 Only registering or removing a corpus or an expert writes the manifest, under a lock. A shard
 depends on nothing but its expert and its documents and appears whole by a rename, so any number of
-processes can fill one store. Each shard says in its header what it holds: one that belongs to
-another checkpoint, corpus or tokenizer is refused even if it lies in the right place.
+processes can fill one store; the lock is held while a finished shard is written, which is refused
+once its expert is gone. Each shard says in its header what it holds: one that belongs to another
+checkpoint, corpus or tokenizer is refused even if it lies in the right place.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from torch import Tensor
@@ -126,8 +127,14 @@ class LogProbStore(StoreReader):
             slice_tokens: tokens in one shard.
 
         Raises:
-            ValueError: a corpus of this name has other documents, window, stride or shards.
+            ValueError: a corpus of this name has other documents, window, stride or shards, or a
+                document has no token, not even its end.
         """
+        if empty := (offsets.diff() < 1).nonzero().flatten().tolist():
+            raise ValueError(
+                f"offsets: expected at least one token in each document of corpus {name!r}, its "
+                f"end, got none in document {empty[0]}; leave it out"
+            )
         entry = CorpusEntry(
             sha256, len(offsets) - 1, int(offsets[-1]), window, stride, slice_tokens
         )
@@ -141,7 +148,14 @@ class LogProbStore(StoreReader):
             stored = asdict(known)[key]
             check_same(f"{self.path}: corpus {name!r}", key, stored, value, remedy)
 
-    def add_expert(self, name: str, *, sha256: str, dtype: str | None = None) -> None:
+    def add_expert(
+        self,
+        name: str,
+        *,
+        sha256: str,
+        dtype: str | None = None,
+        compared: Mapping[str, str] | None = None,
+    ) -> None:
         """Register an expert; one that is already there must be the same checkpoint.
 
         Args:
@@ -149,14 +163,30 @@ class LogProbStore(StoreReader):
             sha256: ``ExpertSet.sha256(name)``.
             dtype: type its weights are converted to for scoring, such as ``"bfloat16"``; ``None``
                 for their own.
+            compared: given for a model that experts are only compared with: the hashes of the
+                experts it was made from, by name, which must be in the store; empty if of none.
+                What is there as an expert stays one; added again without this, it becomes one.
 
         Raises:
-            ValueError: an expert of this name is another checkpoint, or of another type.
+            ValueError: an expert of this name is another checkpoint, or of another type, or one
+                that it was made from is not in the store.
         """
         check_name(name, "expert")
         entry = ExpertEntry(sha256, dtype)
         with change_manifest(self.path) as manifest:
+            for member, own in (compared or {}).items():
+                if manifest.expert(member).sha256 != own:
+                    raise ValueError(
+                        f"{self.path}: {name!r} was made from another checkpoint than expert "
+                        f"{member!r} of this store; make it again"
+                    )
             known = manifest.experts.setdefault(name, entry)
+            if known is entry:  # what lies there is of one removed before, perhaps of another type
+                remove_folder(self.path / "shards" / name)
+                if compared is not None:
+                    manifest.compared[name] = dict(compared)
+            elif known == entry and compared is None:
+                manifest.compared.pop(name, None)
         remedy = f"remove_expert({name!r}) and score it again, another name, or another store"
         for key, value in asdict(entry).items():
             stored = asdict(known)[key]
@@ -172,7 +202,10 @@ class LogProbStore(StoreReader):
             ValueError: no expert has one of the names.
         """
         with change_manifest(self.path) as manifest:
-            manifest.joint[joint_name(manifest, experts)] = sorted(experts)
+            folder = joint_name(manifest, experts)
+            if folder not in manifest.joint:
+                remove_folder(self.path / "joint" / folder)
+            manifest.joint[folder] = sorted(experts)
 
     def remove_expert(self, name: str) -> None:
         """Delete all that an expert has a part in; nothing of it stays in the store.
@@ -186,6 +219,7 @@ class LogProbStore(StoreReader):
         with change_manifest(self.path) as manifest:
             manifest.expert(name)
             del manifest.experts[name]
+            manifest.compared.pop(name, None)
             for folder in [key for key, names in manifest.joint.items() if name in names]:
                 del manifest.joint[folder]
         self.clean()
@@ -232,6 +266,8 @@ class LogProbStore(StoreReader):
             other.add_corpus(corpus, offsets=self.offsets(corpus), **given)
         for expert, about in known.experts.items():
             other.add_expert(expert, **asdict(about))
+        with change_manifest(other.path) as manifest:
+            manifest.compared.update(known.compared)
         for members in known.joint.values():
             other.add_joint(members)
         for corpus in known.corpora:

@@ -53,7 +53,8 @@ class DataWeights:
                 f"domains: expected some of {', '.join(self.mixture)}, got {', '.join(unknown)}"
             )
         counts = Counter(domains)
-        return torch.tensor([self.mixture[name] / counts[name] for name in domains]).double()
+        weights = [self.mixture[name] / counts[name] for name in domains]
+        return torch.tensor(weights, dtype=torch.float64)
 
     def to_json(self) -> dict[str, Any]:
         """Return weights, counts and weights per document as JSON values."""

@@ -272,7 +272,8 @@ def heat_map(
         for j, value in enumerate(row)
         if diagonal or i != j
     ]
-    largest = max((abs(value) for _, _, value in drawn), default=0.0) or 1.0
+    sizes = (abs(value) for _, _, value in drawn if math.isfinite(value))
+    largest = max(sizes, default=0.0) or 1.0
     out = []
     for j, (label, style) in enumerate(columns):
         at = left + step * (j + 0.5)
@@ -286,7 +287,7 @@ def heat_map(
         tone = "heat" if (value >= 0) == (warm == "high") else "heat cold"
         said, y = fixed(value, digits), top + cell * i
         out.append(
-            f'<rect class="{tone}" style="--h:{(abs(value) / largest) ** 0.7:.2f}" '
+            f'<rect class="{tone}" style="--h:{min(abs(value) / largest, 1.0) ** 0.7:.2f}" '
             f'x="{left + step * j + 1:.1f}" y="{y + 1}" width="{step - 2:.1f}" '
             f'height="{cell - 2}" rx="4"><title>{escape(rows[i][0])}, {escape(columns[j][0])}: '
             f"{minus(said)}</title></rect>"
