@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -267,7 +267,7 @@ def _hashes(experts: Any) -> list[tuple[str, str]] | None:
         return None
 
 
-def _members(content: dict[str, Any], name: str) -> list[Any]:
+def _members(content: Mapping[str, Any], name: str) -> list[Any]:
     """Return the hashes of what a model in a store was made from, as its manifest says."""
     compared = content.get("compared")
     members = compared.get(name) if isinstance(compared, dict) else None
