@@ -100,7 +100,7 @@ CPU = Preset(
     expert_rate=6e-3,
     branch_rate=4e-3,
     monolith_rate=1.5e-3,
-    brief_rate=1.5e-3,
+    brief_rate=3e-3,
     gate_steps=600,
     bf16=True,
 )

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from causal_models import BOS, EOS, PAD, VOCAB, make_experts, make_model
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -124,6 +125,29 @@ def test_characters_of_several_tokens_come_whole(modular_path):
     for token in ids:
         stream.put(torch.tensor([token]))
     assert [token.text for token in stream.made] == ["", "", "☃"]
+
+
+@torch.no_grad()
+def test_a_tokenizer_that_marks_words_keeps_the_space_after_the_prompt():
+    """Llama's and Mistral's: the first word of a text is decoded without its space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": PAD, "<s>": BOS, "</s>": EOS}
+    words |= {f"\u2581w{number}": number for number in range(EOS + 1, VOCAB)}
+    kind = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    kind.pre_tokenizer, kind.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=kind, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    model, seen = make_model(make_experts()), []
+    made = complete(model, tokenizer, "w5 w9", max_new_tokens=6, on_token=seen.append)
+    whole = [*encode_prompt(tokenizer, "w5 w9"), *(token.id for token in made.tokens)]
+    assert "w5 w9" + made.text == tokenizer.decode(whole, skip_special_tokens=True)
+    assert made.text.startswith(" w")
+    assert [token.text for token in seen] == [f" w{token.id}" for token in seen if token.id != EOS]
+    alone = complete(model, tokenizer, "", max_new_tokens=2)
+    assert alone.text.startswith("w")
 
 
 def test_it_stops_where_the_experts_context_ends(modular_path):

@@ -156,6 +156,40 @@ def test_its_numbers_are_those_of_the_model(modular_path, tmp_path):
     assert results["config"]["model"] == "robustgate"
 
 
+@torch.no_grad()
+def test_bos_is_kept_where_a_text_is_longer_than_the_context(modular_path):
+    """A request loses the beginning of its text; a document is read in windows behind BOS each."""
+    pytest.importorskip("lm_eval", reason=REASON)
+    from lm_eval.api.instance import Instance
+
+    from robustgate.lm.harness_model import ModularLM
+
+    lm = ModularLM(str(modular_path), batch_size=2)
+    assert lm.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    bos, text, more = lm.prefix_token_id, ("def return the river ran " * 30).strip(), " quiet"
+    size, tokens = lm.max_length, lm.tok_encode(text)[1:]
+    assert len(tokens) > 2 * size
+
+    def expected(ids, count):
+        ids = torch.tensor([ids], device=lm.device)
+        rows = lm.model(ids[:, :-1]).logits[0, -count:]
+        return float(rows.gather(1, ids[0, -count:, None]).sum())
+
+    def ask(kind, *arguments):
+        return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+    whole = lm.tok_encode(text + more)[1:]
+    count = len(whole) - len(tokens)
+    found = lm.loglikelihood([ask("loglikelihood", text, more)], disable_tqdm=True)[0][0]
+    assert found == pytest.approx(expected([bos, *whole[-size:]], count), abs=1e-3)
+    found = lm.loglikelihood_rolling([ask("loglikelihood_rolling", text)], disable_tqdm=True)[0]
+    total, last = 0.0, len(tokens) % size
+    for start in range(0, len(tokens) - last, size):
+        total += expected([bos, *tokens[start : start + size]], size)
+    total += expected([bos, *tokens[-size:]], last) if last else 0.0
+    assert found == pytest.approx(total, abs=1e-2)  # float32 sums of hundreds of terms
+
+
 def read_samples(folder, task):
     lines = next(folder.rglob(f"samples_{task}_*.jsonl")).read_text().splitlines()
     return sorted((json.loads(line) for line in lines), key=lambda sample: sample["doc_id"])

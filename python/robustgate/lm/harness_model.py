@@ -26,7 +26,8 @@ class ModularLM(HFLM):  # type: ignore[misc,no-any-unimported,unused-ignore]
     Args:
         pretrained: folder that ``robustgate fit`` or ``save_pretrained`` wrote.
         dtype: of the experts, such as ``"bfloat16"``; as they were saved if ``"auto"``.
-        device: where to put everything; the CPU where there is no CUDA, whatever lm_eval asks for.
+        device: where to put everything; CUDA if left out, and the CPU where there is none, whatever
+            lm_eval asks for.
         top_k_experts: how many experts go on after a prompt, in tasks that generate.
         batch_size: requests in a batch.
         options: further arguments of lm_eval's ``HFLM``.
@@ -45,17 +46,17 @@ class ModularLM(HFLM):  # type: ignore[misc,no-any-unimported,unused-ignore]
         model, tokenizer = open_model(
             pretrained,
             dtype=None if dtype == "auto" else getattr(torch, dtype),
-            device=device if torch.cuda.is_available() else "cpu",
+            device=(device or "cuda") if torch.cuda.is_available() else "cpu",
             top_k=None if top_k_experts is None else int(top_k_experts),
         )
-        bos, self._eos = special_ids(tokenizer)
+        self._bos, self._eos = special_ids(tokenizer)
         self._bare = False
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
             backend="causal",
             batch_size=batch_size,
-            prefix_token_id=bos,
+            prefix_token_id=self._bos,
             **options,
         )
 
@@ -88,12 +89,30 @@ class ModularLM(HFLM):  # type: ignore[misc,no-any-unimported,unused-ignore]
         return pad_prompts(prompts, self.model.config.pad_token_id)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of whole documents; BOS is a condition, not an outcome."""
-        self._bare = True  # lm_eval puts BOS before each window itself
+        """Return the log-likelihood of whole documents; BOS is a condition, not an outcome.
+
+        A document that is longer than the context is read in windows, each a document of its own.
+        """
+        self._bare = True  # lm_eval puts BOS before the first window itself
         try:
             found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
         finally:
             self._bare = False
+        return found
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[Any, list[int], list[int]]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        """Return log-likelihoods, with BOS at the start of what is read, however much is cut."""
+        whole = []
+        for key, context, continuation in requests:
+            room = max(0, self.max_length - len(continuation))  # besides BOS
+            text = context[1:]  # what is left out is BOS, or the token before a later window
+            whole.append((key, [self._bos, *text[max(0, len(text) - room) :]], continuation))
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(whole, *args, **kwargs)
         return found
 
     def get_model_info(self) -> dict[str, Any]:

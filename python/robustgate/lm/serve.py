@@ -190,12 +190,14 @@ class _Stream:
         self.model, self.tokenizer, self.cache, self.on_token = model, tokenizer, cache, on_token
         self.made: list[NewToken] = []
         self.weights: list[float] = []
-        self._prompted = False
+        self._prompt: list[int] | None = None
+        self._before = ""
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, or a token that is not in the cache yet."""
-        if not self._prompted:
-            self._prompted = True
+        if self._prompt is None:
+            self._prompt = value.flatten().tolist()
+            self._before = self._text([])
             return
         layer = self.cache.gate
         log_weights = layer.last("log_weights")
@@ -207,11 +209,11 @@ class _Stream:
         )
         shares = (log_weights + log_probs).softmax(dim=-1)[0]  # [K]
         self.weights = log_weights[0].exp().tolist()
-        before = self._text([token.id for token in self.made])
-        text = self._text([*(token.id for token in self.made), int(token)])
+        text = self._text([*(made.id for made in self.made), int(token)])
+        added, self._before = text[len(self._before) :], text
         new = NewToken(
             int(token),
-            text[len(before) :],
+            added,
             self.model.config.names[int(shares.argmax())],
             tuple(shares.tolist()),
         )
@@ -223,5 +225,14 @@ class _Stream:
         """Do nothing more."""
 
     def _text(self, tokens: list[int]) -> str:
-        """Return the text of tokens, up to the last complete character."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
+        """Return the text of prompt and tokens, up to the last complete character.
+
+        The prompt belongs to it: on their own the tokens would lose the space that a tokenizer such
+        as Llama's or Mistral's writes at the beginning of a word.
+        """
+        whole = self.tokenizer.decode(
+            [*(self._prompt or []), *tokens],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return str(whole).rstrip("\ufffd")

@@ -46,6 +46,11 @@ class GateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.top_k_experts, self.prompt_length = top_k_experts, prompt_length
         self.kept: Tensor | None = None
 
+    def expect_prompt(self, length: int) -> None:
+        """Choose experts after ``length`` tokens, if any are to be chosen and none are yet."""
+        if self.kept is None:
+            self.prompt_length = length
+
     def last(self, name: str) -> Tensor | None:  # [B, ...]
         """Return the newest entry of a history, or None if there is none."""
         values = self.history.get(name)

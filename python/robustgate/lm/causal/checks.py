@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from torch import Tensor
 from robustgate.lm.causal.cache import ModularCache
 from robustgate.lm.causal.gate import BayesTrack, Track
 from robustgate.lm.causal.tokens import NewTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def token_ids(
@@ -86,6 +91,54 @@ def context(limit: int, past: int, new: NewTokens) -> None:
         )
 
 
+def reads_on(name: str, expert: PreTrainedModel) -> None:
+    """Refuse an expert that cannot go on from a cache as the others do.
+
+    Raises:
+        ValueError: it keeps no keys and values, or a state that cannot be cut off behind a token;
+            or it counts positions in a way of its own.
+    """
+    if "past_key_values" not in inspect.signature(expert.forward).parameters:
+        raise ValueError(f"expert {name!r}: keeps no past_key_values, so it cannot generate")
+    # transformers' own answers to whether a cache can be cropped, and is one of the usual layers
+    usual: Callable[[], bool] = getattr(expert, "_supports_default_dynamic_cache")  # noqa: B009
+    if expert._is_stateful or not usual():
+        raise ValueError(
+            f"expert {name!r}: {type(expert).__name__} keeps a recurrent state, which cannot be "
+            "cropped and read on like keys and values, so it cannot generate with the others"
+        )
+    if any(hasattr(part, "create_position_ids_from_input_ids") for part in expert.modules()):
+        raise ValueError(
+            f"expert {name!r}: {type(expert).__name__} counts positions from behind its padding "
+            "token (the RoBERTa family), not from 0 as the other experts do"
+        )
+
+
+def same_count(cache: ModularCache, count: int | None) -> None:
+    """Refuse another number of experts than that of the cache that is given.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if count is not None and count != cache.gate.top_k_experts:
+        raise ValueError(
+            f"top_k_experts: {count}, but the cache keeps {cache.gate.top_k_experts or 'all'}; "
+            f"make it with model.make_cache(top_k_experts={count})"
+        )
+
+
+def use_cache(cache: ModularCache | None, wanted: bool | None) -> None:
+    """Refuse ``generate`` with a cache that it is told not to use.
+
+    Raises:
+        ValueError: a cache and ``use_cache=False``.
+    """
+    if cache is not None and wanted is False:
+        kept = cache.gate.top_k_experts
+        why = "past_key_values: given" if kept is None else "top_k_experts: needs a cache"
+        raise ValueError(f"{why}, but use_cache is False; leave out use_cache=False")
+
+
 def kept_experts(count: int, experts: int, track: Track) -> None:
     """Refuse to keep some experts after a prompt where that has no meaning.
 
@@ -105,9 +158,13 @@ def wanted_rows(
     logits_to_keep: int | Tensor,
     tokens: int,
     device: torch.device,
-) -> Tensor:  # [rows]
-    """Return the numbers of the rows to return, rising."""
+) -> tuple[Tensor, Tensor | None]:  # [rows], [wanted]
+    """Return the numbers of the rows to compute, rising, and which of these to return.
+
+    The second is None where all are returned in this order.
+    """
     rows = torch.arange(tokens, device=device)
     if isinstance(logits_to_keep, int):
-        return rows[-logits_to_keep:] if logits_to_keep else rows
-    return rows[logits_to_keep.to(device)].sort().values
+        return rows[-logits_to_keep:] if logits_to_keep else rows, None
+    kept, order = rows[logits_to_keep.to(device)].unique(return_inverse=True)
+    return kept, order

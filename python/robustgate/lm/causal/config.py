@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 from torch import Tensor
@@ -21,9 +21,11 @@ class ModularConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     Attributes:
         experts: for each expert ``name``, ``config`` (its own ``config.json``), ``path`` (of its
-            checkpoint, relative to the folder of this configuration; None while it has none) and
-            ``sha256`` (of the checkpoint).
+            checkpoint, relative to the folder of this configuration; None while it has none),
+            ``sha256`` (of the checkpoint) and, once saved, ``dtype`` (that it had in memory).
         gate: of ``robustgate.lm.gates.GateSpec``, as JSON.
+        gate_sha256: hash of the gate's file, so that no other gate is taken for this one; None
+            before it is saved.
         top_k_experts: how many experts ``generate`` keeps after the prompt; None for all.
         tokenizer_sha256: hash of the tokenizer; None if it is not known.
         vocab_size: V, the number of tokens; the experts' padding columns do not count.
@@ -32,10 +34,11 @@ class ModularConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values", "gate_log_weights")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "gate_log_weights"]
 
     experts: list[dict[str, Any]] = field(default_factory=list)
     gate: dict[str, Any] = field(default_factory=dict)
+    gate_sha256: str | None = None
     top_k_experts: int | None = None
     tokenizer_sha256: str | None = None
     vocab_size: int = 0

@@ -18,6 +18,10 @@ from robustgate.lm.gates import Gate
 class Track(Protocol):
     """How a kind of gate goes on from the state in a cache."""
 
+    @property
+    def gate(self) -> Gate:
+        """The gate that is followed."""
+
     def advance(
         self,
         layer: GateLayer,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from robustgate.lm.causal import checks, files
+from robustgate.lm.causal import checks, files, options
 from robustgate.lm.causal.cache import GateLayer, ModularCache, expert_cache
 from robustgate.lm.causal.config import ModularConfig, ModularOutput, new_expert
 from robustgate.lm.causal.gate import track
@@ -27,6 +27,8 @@ from robustgate.lm.gates import Gate, GateSpec
 from robustgate.lm.modular import ModularModel
 from robustgate.ops.mixture_log_softmax import mixture_log_softmax
 from robustgate.ops.mixture_nll import mixture_nll
+
+_PROMPTS: Final = ("attention_mask", "input_ids")  # as long as the prompt, the cache included
 
 CHUNK_LOGITS: Final = 2**26
 """How many logits of all experts ``forward`` holds at once before it cuts the tokens: 256 MiB."""
@@ -48,8 +50,14 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         experts: K causal language models; with random weights of ``config`` if left out.
         gate: the gate; with the uniform prior if left out.
 
+    Attributes:
+        experts, gate: may be replaced, the gate by one of the same make (``spec``); the next call
+            uses them.
+        loaded_experts: those the model was made of, which its checkpoints hold.
+
     Raises:
-        ValueError: a gate that cannot generate, or an expert that keeps no keys and values.
+        ValueError: a gate that cannot generate, or an expert that cannot go on from a cache as the
+            others do.
 
     Example:
         >>> model = ModularForCausalLM.from_modular("modular")                  # doctest: +SKIP
@@ -81,15 +89,24 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
                 gate = self.spec.build(torch.full((size,), 1 / size, dtype=torch.float64))
         self.experts = nn.ModuleList(experts)
         self.gate = gate
-        self._weigher = Weigher(gate, self.spec.features, config.vocab_size)
-        self._reader = Reader(experts, config.names, hidden=self.spec.features.hidden > 0)
+        self._parts: tuple[Reader, Weigher] | None = None
+        self._look_up()  # refuse what cannot generate
+        self.loaded_experts = tuple(experts)
         self.keep_experts(config.top_k_experts)
         self.chunk_logits = CHUNK_LOGITS
-        self._columns = sum(expert.config.get_text_config().vocab_size for expert in experts)
         self.post_init()  # type: ignore[no-untyped-call]
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         self.requires_grad_(False)
         self.train(False)
+
+    def _look_up(self) -> tuple[Reader, Weigher]:
+        """Return what reads the experts and what moves the gate, made anew if these are others."""
+        known, experts = self._parts, list[Any](self.experts)
+        if known is None or known[0].experts != experts or known[1].track.gate is not self.gate:
+            features = self.spec.features
+            reader = Reader(experts, self.config.names, hidden=features.hidden > 0)
+            known = self._parts = reader, Weigher(self.gate, features, self.config.vocab_size)
+        return known
 
     @classmethod
     def from_modular(
@@ -155,6 +172,7 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         Raises:
             ValueError: an argument that has no meaning here, or of a wrong shape.
         """
+        reader, weigher = self._look_up()
         ids = checks.token_ids(input_ids, inputs_embeds, kwargs)
         cache = checks.cache(past_key_values) or self.make_cache()
         keep_cache = self.config.use_cache if use_cache is None else use_cache
@@ -162,14 +180,15 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         new = NewTokens.of(cache.gate, ids, attention_mask, position_ids)
         checks.context(self.config.max_position_embeddings, past, new)
         cache.gate.append(ids=new.ids, real=new.real, positions=new.positions)
-        wanted = checks.wanted_rows(logits_to_keep, tokens, ids.device)
+        wanted, order = checks.wanted_rows(logits_to_keep, tokens, ids.device)
         targets = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        ends = chunks(cache.gate, new, past, self.chunk_logits // self._columns)
+        columns = sum(expert.config.get_text_config().vocab_size for expert in reader.experts)
+        ends = chunks(cache.gate, new, past, self.chunk_logits // columns)
         store = keep_cache or past > 0 or len(ends) > 1
         logits, weights, loss = [], [], ids.new_zeros((), dtype=torch.float32)
         for start, end in zip([0, *ends], ends, strict=False):
-            reading = self._reader(cache, past + end, store=store, padded=new.padded)
-            log_weights = self._weigher(cache, new.slice(start, end), reading)  # [B, m, K]
+            reading = reader(cache, past + end, store=store, padded=new.padded)
+            log_weights = weigher(cache, new.slice(start, end), reading)  # [B, m, K]
             experts = [values[:, start - end :] for values in reading.logits]
             active = log_weights[..., list(reading.active)]
             if targets is not None:
@@ -177,20 +196,21 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
                 loss = loss + mixture_nll(
                     experts, active, part, reduction="sum", vocab_size=self.config.vocab_size
                 )
-            rows = wanted[(wanted >= start) & (wanted < end)] - start
-            if len(rows) < end - start:
-                experts, active = [values[:, rows] for values in experts], active[:, rows]
-                log_weights = log_weights[:, rows]
+            kept = wanted[(wanted >= start) & (wanted < end)] - start
+            if len(kept) < end - start:
+                experts, active = [values[:, kept] for values in experts], active[:, kept]
+                log_weights = log_weights[:, kept]
             logits.append(mixture_log_softmax(experts, active, vocab_size=self.config.vocab_size))
             weights.append(log_weights)
         if targets is not None:
             count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
             loss = loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
+        rows, row_weights = torch.cat(logits, dim=1).float(), torch.cat(weights, dim=1)
         return ModularOutput(
             loss=None if targets is None else loss,
-            logits=torch.cat(logits, dim=1).float(),
+            logits=rows if order is None else rows[:, order],
             past_key_values=cache if keep_cache else None,
-            gate_log_weights=torch.cat(weights, dim=1),
+            gate_log_weights=row_weights if order is None else row_weights[:, order],
         )
 
     def make_cache(
@@ -199,16 +219,20 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         """Return an empty cache for :meth:`forward` and ``generate``.
 
         Args:
-            top_k_experts: how many experts go on after the prompt; all if left out.
-            prompt_length: tokens of the prompt, padding included; needed with ``top_k_experts``.
+            top_k_experts: how many experts go on after the prompt; ``config.top_k_experts`` if
+                left out.
+            prompt_length: tokens of the prompt, padding included: after them the experts are
+                chosen. ``generate`` says so itself; 0 leaves all in use.
 
         Raises:
             ValueError: ``top_k_experts`` is out of range, or the gate is no Bayes gate.
         """
-        if top_k_experts is not None:
-            checks.kept_experts(top_k_experts, len(self.experts), self._weigher.track)
-        caches = [expert_cache(expert.config) for expert in self._reader.experts]
-        return ModularCache(caches, GateLayer(top_k_experts, prompt_length))
+        reader, weigher = self._look_up()
+        count = self.config.top_k_experts if top_k_experts is None else top_k_experts
+        if count is not None:
+            checks.kept_experts(count, len(self.experts), weigher.track)
+        caches = [expert_cache(expert.config) for expert in reader.experts]
+        return ModularCache(caches, GateLayer(count, prompt_length))
 
     def generate(
         self,
@@ -231,12 +255,15 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         checks.no_embeddings(kwargs.get("inputs_embeds"))
         checks.cache_implementation(kwargs.get("cache_implementation"))
         count = self.config.top_k_experts if top_k_experts is None else top_k_experts
-        if count is not None and kwargs.get("past_key_values") is None:
-            if kwargs.get("use_cache") is False:
-                raise ValueError("top_k_experts: needs a cache; leave out use_cache=False")
-            prompt = kwargs.get("input_ids") if inputs is None else inputs
+        cache = checks.cache(kwargs.get("past_key_values"))
+        if cache is None and count is not None:
+            cache = kwargs["past_key_values"] = self.make_cache(top_k_experts=count)
+        if cache is not None:
+            checks.use_cache(cache, kwargs.get("use_cache"))
+            checks.same_count(cache, top_k_experts)
+            prompt = next((kwargs[n] for n in _PROMPTS if kwargs.get(n) is not None), inputs)
             length = 1 if prompt is None else prompt.shape[1]  # without a prompt, BOS alone
-            kwargs["past_key_values"] = self.make_cache(top_k_experts=count, prompt_length=length)
+            cache.gate.expect_prompt(length)
         # transformers annotates the decorated method's self with a class of its own.
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
@@ -247,7 +274,7 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             ValueError: the number is out of range, or the gate is no Bayes gate.
         """
         if count is not None:
-            checks.kept_experts(count, len(self.experts), self._weigher.track)
+            checks.kept_experts(count, len(self.experts), self._look_up()[1].track)
             self.config.top_k_experts = count
 
     def train(self, mode: bool = True) -> ModularForCausalLM:
@@ -269,9 +296,19 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             kwargs: of ``PreTrainedModel.save_pretrained``; of no effect.
 
         Raises:
-            ValueError: an expert has no checkpoint to refer to, or it has changed.
+            ValueError: an expert has no checkpoint to refer to, it has changed, or another model
+                has taken its place in memory; or ``push_to_hub`` is asked for.
         """
+        if kwargs.get("push_to_hub"):
+            self.push_to_hub()
         files.save(self, Path(save_directory), bundle=bundle)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        """Refuse: a reference to experts on this disk is of no use elsewhere."""
+        raise ValueError(
+            "push_to_hub: not supported; save_pretrained(folder, bundle=True), then upload the "
+            "folder with `hf upload`"
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -290,37 +327,42 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             config: its configuration, read if left out.
             dtype: of the experts; what they had when saved if left out.
             device_map: one device for everything, or ``"auto"``.
-            args, kwargs: of ``PreTrainedModel.from_pretrained``; of no effect.
+            args, kwargs: of ``PreTrainedModel.from_pretrained``: entries of the configuration, such
+                as ``top_k_experts``, and ``attn_implementation``; those about the hub have no
+                effect, and others are refused.
 
         Raises:
             FileNotFoundError: the folder, the gate or an expert is missing.
-            ValueError: an expert or its tokenizer is another one than when it was saved.
+            ValueError: an expert, its tokenizer or the gate is another one than when it was saved,
+                or an argument cannot be honoured.
         """
-        given = kwargs.get("torch_dtype") if dtype is None else dtype
-        wanted = None if given in (None, "auto") else given
-        if isinstance(wanted, str):
-            wanted = getattr(torch, wanted)
-        parts = files.load(Path(pretrained_model_name_or_path), config, wanted)
-        model = cls(*parts)
-        file = Path(pretrained_model_name_or_path) / "generation_config.json"
-        if file.is_file():
-            model.generation_config = GenerationConfig.from_pretrained(file.parent)
+        if args:
+            raise ValueError(f"from_pretrained: expected a folder and keywords, got {args} besides")
+        folder = Path(pretrained_model_name_or_path, kwargs.pop("subfolder", None) or "")
+        old_name = kwargs.pop("torch_dtype", None)
+        wanted = options.dtype_of(old_name if dtype is None else dtype)
+        config, attention = options.overridden(folder, config, kwargs)
+        model = cls(*files.load(folder, config, wanted))
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         model.name_or_path = str(pretrained_model_name_or_path)
-        return _place(model, files.device_of(device_map))
+        return _place(model, options.device_of(device_map))
 
     # A private method whose further arguments change between releases, and are not needed.
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         checks.cache_implementation(generation_config.cache_implementation)
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-            return
-        if generation_config.use_cache is False:
-            return
-        model_kwargs["past_key_values"] = self.make_cache()
-        if generation_config.is_assistant:
-            model_kwargs["past_key_values"].activate_past_recording()
+        cache = model_kwargs.get("past_key_values")
+        checks.use_cache(cache, generation_config.use_cache)
+        if cache is None and generation_config.use_cache is not False:
+            cache = model_kwargs["past_key_values"] = self.make_cache()
+        elif cache is not None:
+            cache._is_user_defined = True
+        if cache is not None and generation_config.is_assistant and not cache.get_seq_length():
+            cache.activate_past_recording()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave everything as it is: experts and gate come with their weights."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robustgate.lm.causal.cache import GateLayer, ModularCache
+from robustgate.lm.causal.checks import reads_on
 from robustgate.ops.expert_log_prob import expert_log_prob
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Reader:
         hidden: whether to return what their output layers read.
 
     Raises:
-        ValueError: an expert keeps no keys and values.
+        ValueError: an expert cannot go on from a cache.
     """
 
     def __init__(
@@ -55,12 +56,9 @@ class Reader:
     ) -> None:
         """Look at what the experts' ``forward`` accepts."""
         self.experts, self.hidden = list(experts), hidden
+        for name, expert in zip(names, experts, strict=True):
+            reads_on(name, expert)
         self._accepts = [set(inspect.signature(expert.forward).parameters) for expert in experts]
-        for name, accepts in zip(names, self._accepts, strict=True):
-            if "past_key_values" not in accepts:
-                raise ValueError(
-                    f"expert {name!r}: keeps no past_key_values, so it cannot generate"
-                )
 
     @torch.no_grad()
     def __call__(self, cache: ModularCache, end: int, *, store: bool, padded: bool) -> Reading:

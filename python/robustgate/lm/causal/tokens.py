@@ -37,7 +37,8 @@ class NewTokens:
         """Complete what a caller gave by what a cache knows of the n tokens before.
 
         Raises:
-            ValueError: a mask or positions of a wrong shape.
+            ValueError: a mask or positions of a wrong shape, or tokens that do not come after
+                those in the cache.
         """
         batch, new = ids.shape
         past = layer.get_seq_length()
@@ -62,6 +63,7 @@ class NewTokens:
             )
         else:
             positions = position_ids[:, -new:].expand(batch, -1)
+            _go_on(layer, real, positions)
         padded = not bool(before.all()) or (attention_mask is not None and not bool(real.all()))
         return cls(ids, real, positions, padded)
 
@@ -72,6 +74,25 @@ class NewTokens:
             self.real[:, start:end],
             self.positions[:, start:end],
             self.padded,
+        )
+
+
+def _go_on(
+    layer: GateLayer,
+    real: Tensor,  # [B, m]
+    positions: Tensor,  # [B, m]
+) -> None:
+    """Refuse positions that are not behind the last real token in the cache."""
+    if layer.get_seq_length() == 0:
+        return
+    last = layer.history["positions"].masked_fill(~layer.history["real"], -1).amax(dim=1)  # [B]
+    first = positions.masked_fill(~real, torch.iinfo(positions.dtype).max).amin(dim=1)  # [B]
+    if bool((first <= last).any()):
+        row = int((first <= last).nonzero()[0])
+        raise ValueError(
+            f"position_ids: document {row} goes on at position {int(first[row])}, but the cache "
+            f"has read it up to position {int(last[row])}; pass the new tokens alone, crop the "
+            "cache, or start with an empty one"
         )
 
 
