@@ -46,7 +46,7 @@ def _excess(found: list[Outcome], file: Path) -> None:
     axes.axhline(0.0, color="#57606a", linewidth=0.8)
     axes.set_xticks(range(len(DOMAINS)), DOMAINS)
     axes.set_ylabel("NLL less the oracle expert's, nats per token")
-    axes.legend(frameon=False, fontsize=7, ncols=3)
+    axes.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     _save(figure, file)
 
 
