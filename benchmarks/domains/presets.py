@@ -23,11 +23,6 @@ class Gate:
     network: Network | None = None
     features: FeatureSpec | None = None
 
-    @property
-    def causal(self) -> bool:
-        """Whether it weighs a token's experts without having seen the token."""
-        return self.kind != "sequence"
-
 
 GATES = {
     "prior": Gate("prior"),

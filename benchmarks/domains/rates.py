@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from shutil import copytree
 
 import torch
 import training
@@ -31,13 +32,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=os.environ.get("ROBUSTGATE_DATA"))
     options = parser.parse_args()
-    preset = PRESETS[options.preset]
-    training.tokenizer(options.data, options.out, preset)
+    if options.data is None:
+        parser.error("say where the text is: --data FOLDER, or ROBUSTGATE_DATA")
+    data, preset = Path(options.data), PRESETS[options.preset]
+    training.tokenizer(data, options.out, preset)
     tasks = [(kind, factor) for kind in KINDS for factor in FACTORS]
     with ProcessPoolExecutor(
         options.jobs, get_context("spawn"), torch.set_num_threads, (1,)
     ) as pool:
-        found = [pool.submit(loss, options.data, options.out, preset, *task) for task in tasks]
+        found = [pool.submit(loss, data, options.out, preset, *task) for task in tasks]
         for (kind, factor), future in zip(tasks, found, strict=True):
             rate = getattr(preset, f"{kind}_rate") * factor
             print(f"{kind:9} {rate:g}  {future.result():.4f}", flush=True)
@@ -48,7 +51,8 @@ def loss(data: Path, out: Path, preset: Preset, kind: str, factor: float) -> flo
     own = factor == 1.0
     place = out if own else out / "rates" / f"{kind}-{factor:g}"
     rates = {name: getattr(preset, name) * factor for name in ("monolith_rate", "brief_rate")}
-    training.tokenizer(data, place, preset)
+    if not own:
+        copytree(out / "tokenizer", place / "tokenizer", dirs_exist_ok=True)
     KINDS[kind](data, place, replace(preset, **rates), 0)
     documents = training.corpora(data, "valid", preset.documents)
     model = ExpertSet.open({kind: place / "seed0" / kind})

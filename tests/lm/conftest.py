@@ -174,3 +174,33 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Run a test without gradients."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def experts() -> list[torch.nn.Module]:
+    """Three small models of different families, for one mixture."""
+    from causal_models import make_experts
+
+    return make_experts()
+
+
+@pytest.fixture(scope="module")
+def modular_path(
+    tmp_path_factory: pytest.TempPathFactory, experts_path: Path, corpora: tuple[Corpus, Corpus]
+) -> Path:
+    """The folder of a robust prior fitted to two experts."""
+    from robustgate.lm import ExpertSet, score
+    from robustgate.lm.fit import fit
+
+    folder = tmp_path_factory.mktemp("modular")
+    experts = ExpertSet.open(experts_path)
+    store = score(experts, corpora, folder / "store", progress=False)
+    fit(store, folder / "modular", experts=experts, progress=False)
+    return folder / "modular"

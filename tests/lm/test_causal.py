@@ -15,7 +15,6 @@ from causal_models import (
     VOCAB,
     by_hand,
     make_expert,
-    make_experts,
     make_model,
     make_prompts,
     pad_left,
@@ -29,15 +28,7 @@ from robustgate.lm.causal import ModularForCausalLM
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def experts():
-    return make_experts()
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("name", SPECS)

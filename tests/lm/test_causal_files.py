@@ -16,20 +16,7 @@ from robustgate.lm.fit import fit
 from robustgate.lm.gates import Network
 from robustgate.lm.modular import ModularModel
 
-
-@pytest.fixture(scope="module")
-def modular_path(tmp_path_factory, experts_path, corpora):
-    folder = tmp_path_factory.mktemp("modular")
-    experts = ExpertSet.open(experts_path)
-    score(experts, corpora, folder / "store", progress=False)
-    fit(LogProbStore.open(folder / "store"), folder / "modular", experts=experts, progress=False)
-    return folder / "modular"
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def make_ids(rows=2, tokens=9):

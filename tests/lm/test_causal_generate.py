@@ -13,7 +13,6 @@ from causal_models import (
     VOCAB,
     by_hand,
     make_expert,
-    make_experts,
     make_model,
     make_prompts,
     pad_left,
@@ -24,15 +23,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 16}
 TOLERANCE = 1e-4  # as in test_causal.py
 
 
-@pytest.fixture(scope="module")
-def experts():
-    return make_experts()
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def greedy_by_hand(model, ids, count=16):

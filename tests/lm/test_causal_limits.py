@@ -14,7 +14,6 @@ from causal_models import (
     VOCAB,
     by_hand,
     make_expert,
-    make_experts,
     make_model,
     make_prompts,
 )
@@ -26,15 +25,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_t
 TOLERANCE = 1e-4  # as in test_causal.py
 
 
-@pytest.fixture(scope="module")
-def experts():
-    return make_experts()
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def make_other(kind: str, **shape: object):

@@ -9,18 +9,9 @@ import torch
 from causal_models import make_expert, make_experts, make_model, make_prompts
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from robustgate.lm import ExpertSet, LogProbStore, ModularForCausalLM, score
+from robustgate.lm import ExpertSet, LogProbStore, ModularForCausalLM
 from robustgate.lm.causal import files
 from robustgate.lm.fit import fit
-
-
-@pytest.fixture(scope="module")
-def modular_path(tmp_path_factory, experts_path, corpora):
-    folder = tmp_path_factory.mktemp("modular")
-    experts = ExpertSet.open(experts_path)
-    score(experts, corpora, folder / "store", progress=False)
-    fit(LogProbStore.open(folder / "store"), folder / "modular", experts=experts, progress=False)
-    return folder / "modular"
 
 
 def make_two(spec="bayes"):

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from causal_models import EOS, PAD, VOCAB, by_hand, make_experts, make_model, make_prompts, pad_left
+from causal_models import EOS, PAD, VOCAB, by_hand, make_model, make_prompts, pad_left
 
 TOLERANCE = 1e-4  # as in test_causal.py
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
 
 
-@pytest.fixture(scope="module")
-def experts():
-    return make_experts()
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def calls_per_expert(model, run):

@@ -85,7 +85,7 @@ def fit(
     """
     if baseline not in BASELINES:
         raise ValueError(f"baseline: expected one of {', '.join(BASELINES)}, got {baseline!r}")
-    names = _entrants(store) if experts is None else experts.names
+    names = store.entrants if experts is None else experts.names
     if not names or not store.corpora:
         raise ValueError(f"{store.path}: holds no scored experts and corpora; score some first")
     folder = Path(out)
@@ -169,16 +169,10 @@ def _read(
     }
 
 
-def _entrants(store: LogProbStore) -> tuple[str, ...]:
-    """Return the names in a store but for soups and monoliths."""
-    return tuple(name for name in store.experts if name not in store.compared)
-
-
 def _entries(store: LogProbStore, experts: ExpertSet | None) -> tuple[ExpertEntry, ...]:
     """Return the experts of the model, checked against the store."""
     if experts is None:
-        names = _entrants(store)
-        return tuple(ExpertEntry(name, store.expert_sha256(name), None) for name in names)
+        return tuple(ExpertEntry(name, store.expert_sha256(name), None) for name in store.entrants)
     for name in experts.names:
         if experts.sha256(name) != store.expert_sha256(name):
             raise ValueError(

@@ -37,6 +37,12 @@ class StoreReader:
         return tuple(sorted(read_manifest(self.path).experts))
 
     @property
+    def entrants(self) -> tuple[str, ...]:
+        """The names of the experts without what they were only compared with, sorted."""
+        compared = self.compared
+        return tuple(name for name in self.experts if name not in compared)
+
+    @property
     def compared(self) -> dict[str, dict[str, str]]:
         """Which of ``experts`` are only compared with, and the hashes of what each is made from.
 

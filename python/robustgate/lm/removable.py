@@ -48,7 +48,7 @@ def check_store(leaving: ExpertEntry, model: ModularModel, store: LogProbStore) 
                     raise ValueError(
                         f"{shard.path}: no such file; score expert {entry.name!r} again first"
                     )
-    strangers = {*store.experts} - {*store.compared} - {*model.names}
+    strangers = {*store.entrants} - {*model.names}
     if strangers and any(entry.path is None for entry in model.experts):
         raise ValueError(
             f"{store.path}: holds experts that are not in {model.path} "

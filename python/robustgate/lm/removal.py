@@ -255,7 +255,7 @@ def _fit(
     plan: OptOut,
 ) -> ModularModel:
     """Solve the prior from a store, as the plan says."""
-    if experts is None and {*store.experts} - {*store.compared} != {*names}:
+    if experts is None and {*store.entrants} != {*names}:
         raise ValueError(f"{store.path}: holds other experts than {', '.join(names)}")
     return fit(
         store,

@@ -182,8 +182,7 @@ class ModularForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         cache.gate.append(ids=new.ids, real=new.real, positions=new.positions)
         wanted, order = checks.wanted_rows(logits_to_keep, tokens, ids.device)
         targets = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        columns = sum(expert.config.get_text_config().vocab_size for expert in reader.experts)
-        ends = chunks(cache.gate, new, past, self.chunk_logits // columns)
+        ends = chunks(cache.gate, new, past, self.chunk_logits // reader.columns)
         store = keep_cache or past > 0 or len(ends) > 1
         logits, weights, loss = [], [], ids.new_zeros((), dtype=torch.float32)
         for start, end in zip([0, *ends], ends, strict=False):

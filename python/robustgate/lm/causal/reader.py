@@ -58,6 +58,7 @@ class Reader:
         self.experts, self.hidden = list(experts), hidden
         for name, expert in zip(names, experts, strict=True):
             reads_on(name, expert)
+        self.columns = sum(expert.config.get_text_config().vocab_size for expert in experts)
         self._accepts = [set(inspect.signature(expert.forward).parameters) for expert in experts]
 
     @torch.no_grad()
