@@ -80,11 +80,9 @@ def evaluations(out: Path, seed: int, kind: str) -> dict[str, Evaluation]:
     }
 
 
-def models(out: Path, seed: int, kind: str) -> dict[str, ModularModel]:
-    """Read the models of one seed that were evaluated, by the name of the gate."""
-    place = out / f"seed{seed}"
-    names = evaluations(out, seed, kind)
-    return {name: ModularModel.load(_folder(place, kind, name)) for name in names}
+def model_of(out: Path, seed: int, kind: str, gate: str) -> ModularModel:
+    """Read a gate's model of one seed."""
+    return ModularModel.load(_folder(out / f"seed{seed}", kind, gate))
 
 
 def _folder(place: Path, kind: str, name: str) -> Path:

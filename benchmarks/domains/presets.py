@@ -35,14 +35,20 @@ GATES = {
 """In the order in which they are fitted: the student comes after its teacher."""
 
 
-def llama(width: int, layers: int, head: int, inner: int | None = None) -> dict[str, Any]:
-    """Return the configuration of a Llama with heads of width ``head`` and tied embeddings."""
+def llama(
+    width: int, layers: int, head: int, inner: int | None = None, scale: float = 0.02
+) -> dict[str, Any]:
+    """Return the configuration of a Llama with heads of width ``head`` and tied embeddings.
+
+    Weights begin with the standard deviation ``scale``.
+    """
     return {
         "hidden_size": width,
         "intermediate_size": 3 * width if inner is None else inner,
         "num_hidden_layers": layers,
         "num_attention_heads": width // head,
         "tie_word_embeddings": True,
+        "initializer_range": scale,
     }
 
 
@@ -55,6 +61,7 @@ class Preset:
         seed_steps: of the seed model, on the union.
         branch_steps: of each expert after it, on its own domain.
         expert_rate, branch_rate, monolith_rate, brief_rate: peak learning rates.
+        seed_schedule, schedule: of the learning rate in the seed model and in all others.
         scratch_seeds: seeds for which experts without a seed model are trained too.
         gate_steps: of the token gates.
         documents: of each split of each domain, at most; 0 for all.
@@ -73,6 +80,8 @@ class Preset:
     monolith_rate: float
     brief_rate: float
     gate_steps: int
+    seed_schedule: str = "constant"
+    schedule: str = "linear"
     scratch_seeds: int = 0
     documents: int = 0
     bf16: bool = False
@@ -85,17 +94,17 @@ class Preset:
 # Learning rates: of experts between 0.004 and 0.008, which short runs on validation text found
 # equal within 0.1 nats; the monolith's follows its width and is not tuned.
 CPU = Preset(
-    expert=llama(96, 3, head=32),
-    monolith=llama(192, 6, head=32, inner=608),
+    expert=llama(96, 3, head=32, scale=0.06),
+    monolith=llama(192, 6, head=32, inner=608, scale=0.06),
     vocab_size=4096,
     context=256,
     batch_size=8,
-    seed_steps=750,
-    branch_steps=150,
+    seed_steps=900,
+    branch_steps=120,
     expert_rate=6e-3,
-    branch_rate=4e-3,
-    monolith_rate=1.5e-3,
-    brief_rate=3e-3,
+    branch_rate=6e-3,
+    monolith_rate=3e-3,
+    brief_rate=6e-3,
     gate_steps=600,
     bf16=True,
 )

@@ -8,15 +8,15 @@ where it stopped, so that a call after a kill costs only what is missing. Writes
 (every number of every seed), ``table.md`` and charts as SVG.
 """
 
-import argparse
 import json
-import os
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,22 +25,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 import judging
 import training
 from figures import draw
+from options import parser
 from presets import PRESETS, Preset
 from summary import Outcome, summarise
 from table import table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="processes at once, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("domains-study"))
-    parser.add_argument("--data", type=Path, default=os.environ.get("ROBUSTGATE_DATA"))
-    options = parser.parse_args()
-    if options.data is None:
-        parser.error("say where the text is: --data FOLDER, or ROBUSTGATE_DATA")
-    data, preset = Path(options.data), PRESETS[options.preset]
+    reader = parser(__doc__)
+    reader.add_argument("--seeds", type=int, default=3)
+    reader.add_argument("--jobs", type=int, default=2, help="processes at once, one thread each")
+    options = reader.parse_args()
+    data, preset = options.data, PRESETS[options.preset]
     claim(options.out, options.preset, preset)
     training.tokenizer(data, options.out, preset)
     with ProcessPoolExecutor(
@@ -74,12 +70,22 @@ def stages(preset: Preset, seeds: int) -> list[list[tuple[training.Task, int]]]:
 
 def write(found: list[Outcome], out: Path) -> None:
     """Write numbers, tables and charts."""
-    numbers = [asdict(outcome) for outcome in found]
-    (out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n", "utf-8")
+    numbers = json.dumps(_rounded([asdict(outcome) for outcome in found]), indent=1)
+    rows = re.sub(r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), numbers)
+    (out / "results.json").write_text(rows + "\n", "utf-8")
     text = table(found)
     (out / "table.md").write_text(text, "utf-8")
     draw(found, out)
     print(text)
+
+
+def _rounded(content: Any) -> Any:
+    """Return the content with six significant digits of every number."""
+    if isinstance(content, dict):
+        return {key: _rounded(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_rounded(value) for value in content]
+    return float(f"{content:.6g}") if isinstance(content, float) else content
 
 
 def claim(out: Path, name: str, preset: Preset) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from judging import KINDS, evaluations, models
+from judging import KINDS, evaluations, model_of
 from presets import DOMAINS
 
 from robustgate.lm.results import Evaluation, SystemResult
@@ -66,15 +66,15 @@ class Outcome:
 def summarise(out: Path, seed: int) -> Outcome:
     """Gather the numbers of one seed."""
     outcome = Outcome(seed)
-    for kind in KINDS:
-        found = evaluations(out, seed, kind)
+    evaluated = {kind: evaluations(out, seed, kind) for kind in KINDS}
+    for kind, found in evaluated.items():
         if found:
             outcome.systems[kind] = {
                 name: _system(system)
                 for gate, evaluation in found.items()
                 for name, system in _shown(gate, evaluation).items()
             }
-    found = evaluations(out, seed, "experts")
+    found = evaluated["experts"]
     first = found["prior"]
     content = first.to_json()
     outcome.tokens = [part.tokens for part in first.systems[0].domains]
@@ -87,7 +87,8 @@ def summarise(out: Path, seed: int) -> Outcome:
             for part in evaluation.switch.systems:
                 name = gate if part.system == evaluation.ours and gate != "prior" else part.system
                 outcome.switch[name] = list(part.excess)
-    for gate, model in models(out, seed, "experts").items():
+    for gate in found:
+        model = model_of(out, seed, "experts", gate)
         content = model.to_json()
         outcome.prior, outcome.mixture = content["prior"], content["mixture"]
         outcome.certificate = content["certificate"]

@@ -32,7 +32,10 @@ def tokenizer(data: Path, out: Path, preset: Preset) -> None:
 
 
 def experts(data: Path, out: Path, preset: Preset, seed: int) -> None:
-    """Branch-Train-Merge: a seed model reads the union, each expert goes on from it on its own."""
+    """Branch-Train-Merge: a seed model reads the union, each expert goes on from it on its own.
+
+    The learning rate may stay at its peak in the seed model, for it falls to 0 in the experts.
+    """
     parts = corpora(data, "train", preset.documents)
     place = out / f"seed{seed}"
     train(
@@ -42,6 +45,7 @@ def experts(data: Path, out: Path, preset: Preset, seed: int) -> None:
         tokenizer=out / "tokenizer",
         steps=preset.seed_steps,
         learning_rate=preset.expert_rate,
+        schedule=preset.seed_schedule,
         **_common(preset, seed),
     )
     for part in parts:
@@ -51,6 +55,7 @@ def experts(data: Path, out: Path, preset: Preset, seed: int) -> None:
             init=place / "seed",
             steps=preset.branch_steps,
             learning_rate=preset.branch_rate,
+            schedule=preset.schedule,
             **_common(preset, seed),
         )
 
@@ -65,6 +70,7 @@ def scratch(data: Path, out: Path, preset: Preset, seed: int) -> None:
             tokenizer=out / "tokenizer",
             steps=preset.total_steps(len(DOMAINS)) // len(DOMAINS),
             learning_rate=preset.expert_rate,
+            schedule=preset.schedule,
             **_common(preset, seed),
         )
 
@@ -105,6 +111,7 @@ def _single(
         tokenizer=out / "tokenizer",
         steps=steps,
         learning_rate=rate,
+        schedule=preset.schedule,
         **_common(preset, seed),
     )
 

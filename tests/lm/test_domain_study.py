@@ -18,9 +18,9 @@ def test_it_runs_from_text_to_tables_and_does_nothing_twice(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(STUDY))
     import judging
     import presets
-    import rates
     import run
     import summary
+    import tune
 
     data, out = tmp_path / "data", tmp_path / "study"
     for place, name in enumerate(presets.DOMAINS):
@@ -57,8 +57,18 @@ def test_it_runs_from_text_to_tables_and_does_nothing_twice(tmp_path, monkeypatc
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     make()
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    assert rates.loss(data, out, preset, "brief", 1.0) > 0
+    own = tune.loss(data, out, preset, "experts")
+    assert list(own) == list(presets.DOMAINS)
+    assert min(own.values()) > 0
     assert (
         before.items()
         <= {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}.items()
     )
+
+    other = tune.loss(data, out, preset, "brief", "brief_rate=4e-2", "schedule=cosine", "scale=0.1")
+    assert other != tune.loss(data, out, preset, "brief")
+    changed = tune.changed(preset, "seed_steps=5", "scale=0.1")
+    assert (changed.seed_steps, changed.monolith["initializer_range"]) == (5, 0.1)
+    for wrong in ("rate=1", "seed_steps=x", "seed_steps", "expert=1"):
+        with pytest.raises(ValueError, match=r"expected FIELD=VALUE|invalid literal"):
+            tune.changed(preset, wrong)

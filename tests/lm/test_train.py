@@ -252,6 +252,28 @@ def test_two_processes_do_not_train_one_folder(
         os.waitpid(child, 0)
 
 
+def test_schedules_rise_and_then_fall_to_0_or_stay(
+    run: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.lr_scheduler.LambdaLR.step
+
+    def recorded(self: torch.optim.lr_scheduler.LambdaLR, *args: object) -> None:
+        step(self, *args)
+        rates.append(self.get_last_lr()[0])
+
+    monkeypatch.setattr(torch.optim.lr_scheduler.LambdaLR, "step", recorded)
+    falls = {
+        "linear": [(8 - made) / 8 for made in range(9)],
+        "cosine": [(1 + math.cos(math.pi * made / 8)) / 2 for made in range(9)],
+        "constant": [1.0] * 9,
+    }
+    for schedule, fall in falls.items():
+        rates.clear()
+        run(out=tmp_path / schedule, steps=12, warmup=0.3, learning_rate=4e-3, schedule=schedule)
+        assert rates == pytest.approx([0, 1e-3, 2e-3, 3e-3, *(4e-3 * rate for rate in fall)])
+
+
 def test_divergence_is_named_and_nothing_is_published(
     run: Callable[..., TrainResult], tmp_path: Path
 ) -> None:
@@ -269,7 +291,7 @@ def test_bad_settings_are_named(
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"tokens": 5}, "steps, tokens: expected one, got 12 and 5"),
-        ({"schedule": "step"}, "schedule: expected 'cosine' or 'linear', got 'step'"),
+        ({"schedule": "step"}, "schedule: expected one of cosine, linear, constant, got 'step'"),
         ({"warmup": 2.0}, r"warmup: expected a share from 0 to 1, got 2\.0"),
         ({"context": 10**6}, "data: .* tokens do not fill one row of 1000000; give more documents"),
         ({"config": {**CONFIG, "vocab_size": 290}}, "config: vocab_size is 290, the tokenizer has"),

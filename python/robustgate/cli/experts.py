@@ -23,6 +23,14 @@ Experts = Annotated[
 ]
 
 
+class Schedule(str, Enum):
+    """What the learning rate does after its rise."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
 @app.command(cls=Command)
 def train(
     data: Annotated[list[Path], typer.Option("--data", metavar="FILE...", help="Documents.")],
@@ -35,6 +43,7 @@ def train(
     tokens: Annotated[int | None, typer.Option(help="Tokens to read; default: one pass.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 2e-3,
+    schedule: Annotated[Schedule, typer.Option(help="After the rise.")] = Schedule.cosine,
     bf16: Annotated[bool, typer.Option("--bf16", help="Multiply matrices in bfloat16.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.", min=0)] = 0,
     as_json: Json = False,
@@ -53,6 +62,7 @@ def train(
         tokens=tokens,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        schedule=schedule.value,
         bf16=bf16,
         seed=seed,
     )

@@ -28,6 +28,8 @@ DEFAULT_CONFIG = {
 }
 """The Llama trained when neither a configuration nor a seed checkpoint is given."""
 
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+"""Ours, and the Trainer's names for what the learning rate does after its warmup."""
 
 _ADDED = {"bf16": False}
 """Settings that earlier versions did not write down, and what they did."""
@@ -50,7 +52,7 @@ class Recipe:
         learning_rate: peak of the schedule.
         weight_decay: of AdamW.
         warmup: share of the steps in which the learning rate rises from 0.
-        schedule: how it falls to 0 afterwards, ``"cosine"`` or ``"linear"``.
+        schedule: how it goes on afterwards, a key of ``SCHEDULES``.
         bf16: matrix products in bfloat16.
         seed: of the weights, the order of the rows and dropout.
     """
@@ -80,8 +82,9 @@ class Recipe:
                 raise ValueError(f"{name}: expected at least {bound}, got {value}")
         if self.steps is not None and self.tokens is not None:
             raise ValueError(f"steps, tokens: expected one, got {self.steps} and {self.tokens}")
-        if self.schedule not in ("cosine", "linear"):
-            raise ValueError(f"schedule: expected 'cosine' or 'linear', got {self.schedule!r}")
+        if self.schedule not in SCHEDULES:
+            known = ", ".join(SCHEDULES)
+            raise ValueError(f"schedule: expected one of {known}, got {self.schedule!r}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup: expected a share from 0 to 1, got {self.warmup}")
 

@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from robustgate.lm.files import fsync, write_atomic
 from robustgate.lm.packing import PackedRows
 from robustgate.lm.progress import ProgressBar
-from robustgate.lm.recipe import Recipe
+from robustgate.lm.recipe import SCHEDULES, Recipe
 
 _COMPLETE = "complete"  # the last file of a checkpoint: without it the writer was killed
 _REFRESH = 0.2  # seconds between updates of the bar
@@ -160,7 +160,7 @@ def run_trainer(
         weight_decay=recipe.weight_decay,
         adam_beta2=0.95,
         warmup_steps=math.ceil(recipe.warmup * steps),
-        lr_scheduler_type=recipe.schedule,
+        lr_scheduler_type=SCHEDULES[recipe.schedule],
         optim="adamw_torch_fused",
         bf16=recipe.bf16,
         use_cpu=recipe.bf16 and not torch.accelerator.is_available(),  # asked for by bf16 on a CPU

@@ -115,7 +115,9 @@ def train(
     Other:
         weight_decay: of AdamW.
         warmup: share of the steps in which the learning rate rises from 0.
-        schedule: how it falls to 0 afterwards, ``"cosine"`` or ``"linear"``.
+        schedule: ``"cosine"`` and ``"linear"`` fall to 0 afterwards, ``"constant"`` stays at the
+            peak: for a seed checkpoint, if the experts that go on from it fall linearly to 0
+            (docs/evidence.md has what that is worth).
         bf16: multiply matrices in bfloat16; the weights and AdamW's state stay float32. 1.5 times
             as fast on a processor with AVX512-BF16, slow on one without.
         resume: ``False`` forgets an unfinished run.
