@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from robustgate.lm.features import FeatureSpec
-from robustgate.lm.store import LogProbStore
+from robustgate.lm import FeatureSpec, LogProbStore
 
 DOCUMENT = 500  # tokens of a document, on average
 

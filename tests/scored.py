@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustgate.lm.store import LogProbStore
+from robustgate.lm.store.log_probs import LogProbStore
 
 
 def make_store(

@@ -37,8 +37,9 @@ def test_package_is_typed():
 
 
 def test_public_names_exist():
-    for name in robustgate.__all__:
-        assert getattr(robustgate, name) is not None
+    for module in (robustgate, robustgate.game, robustgate.lm):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__
 
 
 def test_import_needs_only_the_base_dependencies():

@@ -31,7 +31,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from robustgate.lm.results import Evaluation
+    from robustgate.lm.evaluation.results import Evaluation
 
 BAD_INPUT = (
     ValueError,

@@ -197,7 +197,7 @@ def modular_path(
 ) -> Path:
     """The folder of a robust prior fitted to two experts."""
     from robustgate.lm import ExpertSet, score
-    from robustgate.lm.fit import fit
+    from robustgate.lm.gates.fit import fit
 
     folder = tmp_path_factory.mktemp("modular")
     experts = ExpertSet.open(experts_path)

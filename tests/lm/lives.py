@@ -11,14 +11,14 @@ import torch
 
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.features import FeatureSpec
-from robustgate.lm.fit import fit
-from robustgate.lm.lineage import MANIFEST, Data
+from robustgate.lm.gates.fit import fit
+from robustgate.lm.lifecycle.optout import OptOut
+from robustgate.lm.lifecycle.removal import remove_expert
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.optout import OptOut
-from robustgate.lm.removal import remove_expert
-from robustgate.lm.score import score
-from robustgate.lm.store import LogProbStore
+from robustgate.lm.scoring.features import FeatureSpec
+from robustgate.lm.scoring.score import score
+from robustgate.lm.store.log_probs import LogProbStore
+from robustgate.lm.training.lineage import MANIFEST, Data
 
 from .conftest import make_documents, tree
 

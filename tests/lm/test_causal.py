@@ -258,7 +258,7 @@ def test_what_cannot_be_shared_is_refused_by_name(experts):
 
 
 def test_a_sequence_gate_is_sent_to_distill(experts):
-    from robustgate.lm.gates import GateSpec, Network
+    from robustgate.lm.gates.spec import GateSpec, Network
 
     with pytest.raises(ValueError, match="`robustgate distill` makes a token gate of it"):
         make_model(experts, GateSpec("sequence", network=Network("linear"), span=8))

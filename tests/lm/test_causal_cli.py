@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from robustgate.cli import app
 from robustgate.cli.generate import printer
 from robustgate.lm import ExpertSet, LogProbStore, score
-from robustgate.lm.fit import fit
+from robustgate.lm.gates.fit import fit
 from robustgate.lm.serve import NewToken, complete, encode_prompt, open_model
 
 

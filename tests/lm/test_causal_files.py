@@ -11,10 +11,10 @@ from causal_models import BOS, VOCAB, make_experts, make_model, make_prompts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, pipeline
 
 from robustgate.lm import ExpertSet, LogProbStore, ModularForCausalLM, score
-from robustgate.lm.features import FeatureSpec
-from robustgate.lm.fit import fit
-from robustgate.lm.gates import Network
+from robustgate.lm.gates.fit import fit
+from robustgate.lm.gates.spec import Network
 from robustgate.lm.modular import ModularModel
+from robustgate.lm.scoring.features import FeatureSpec
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from robustgate.lm import ExpertSet, LogProbStore, ModularForCausalLM
 from robustgate.lm.causal import files
-from robustgate.lm.fit import fit
+from robustgate.lm.gates.fit import fit
 
 
 def make_two(spec="bayes"):

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from robustgate.lm import evaluate as evaluation
 from robustgate.lm.corpus import Corpus
-from robustgate.lm.evaluate import evaluate_model
+from robustgate.lm.evaluation import evaluate as evaluation
+from robustgate.lm.evaluation.evaluate import evaluate_model
+from robustgate.lm.evaluation.results import Evaluation
+from robustgate.lm.evaluation.soup import average_weights, remove_averages
+from robustgate.lm.evaluation.systems import SOUP
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.fit import fit
+from robustgate.lm.gates.fit import fit
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.results import Evaluation
-from robustgate.lm.score import score
-from robustgate.lm.soup import average_weights, remove_averages
-from robustgate.lm.store import LogProbStore
-from robustgate.lm.systems import SOUP
+from robustgate.lm.scoring.score import score
+from robustgate.lm.store.log_probs import LogProbStore
 
 from .conftest import fork
 

@@ -10,15 +10,15 @@ from typer.testing import CliRunner
 
 from robustgate import cli
 from robustgate.game import SequenceGate, TokenGate
-from robustgate.lm.distill import distill
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.fit import fit
-from robustgate.lm.gates import GateSpec, Network, standardise
+from robustgate.lm.gates.distill import distill
+from robustgate.lm.gates.fit import fit
+from robustgate.lm.gates.records import GateFit, TrainingRecord
+from robustgate.lm.gates.samplers import ExpertSamplers
+from robustgate.lm.gates.spec import GateSpec, Network, standardise
 from robustgate.lm.modular import ModularModel
 from robustgate.lm.publish import publish
-from robustgate.lm.records import GateFit, TrainingRecord
-from robustgate.lm.samplers import ExpertSamplers
-from robustgate.lm.score import score
+from robustgate.lm.scoring.score import score
 
 SPEC = GateSpec("sequence", network=Network("linear"), span=6)
 RECORD = TrainingRecord(

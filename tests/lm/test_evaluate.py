@@ -14,9 +14,9 @@ from scored import make_store, random_corpora
 
 from robustgate.console import evaluation_tables
 from robustgate.game import cached_prior
-from robustgate.lm.evaluate import evaluate
-from robustgate.lm.results import Evaluation
-from robustgate.lm.systems import (
+from robustgate.lm.evaluation.evaluate import evaluate
+from robustgate.lm.evaluation.results import Evaluation
+from robustgate.lm.evaluation.systems import (
     BASELINES,
     CACHED,
     ORACLE,

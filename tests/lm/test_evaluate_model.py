@@ -14,22 +14,22 @@ from safetensors.torch import load_file
 
 from robustgate.cli.judge import parse_monoliths
 from robustgate.game import BayesGate
-from robustgate.lm.batches import first_documents
-from robustgate.lm.conflict import expert_divergence, monolith_conflict
-from robustgate.lm.evaluate import evaluate_model
+from robustgate.lm.evaluation.conflict import expert_divergence, monolith_conflict
+from robustgate.lm.evaluation.evaluate import evaluate_model
+from robustgate.lm.evaluation.results import Evaluation
+from robustgate.lm.evaluation.soup import average_weights
+from robustgate.lm.evaluation.systems import ROBUST, SOUP, gate_name
+from robustgate.lm.evaluation.trace import Trace
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.features import FeatureSpec
-from robustgate.lm.fit import fit
-from robustgate.lm.gates import BayesOptions, GateSpec, Network, document_features
+from robustgate.lm.gates.fit import fit
+from robustgate.lm.gates.records import TrainingRecord
+from robustgate.lm.gates.spec import BayesOptions, GateSpec, Network, document_features
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.records import TrainingRecord
-from robustgate.lm.results import Evaluation
-from robustgate.lm.score import score
-from robustgate.lm.soup import average_weights
-from robustgate.lm.store import LogProbStore
-from robustgate.lm.systems import ROBUST, SOUP, gate_name
+from robustgate.lm.scoring.features import FeatureSpec
+from robustgate.lm.scoring.score import score
+from robustgate.lm.store.batches import first_documents
+from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.lm.tokenizer import encode
-from robustgate.lm.trace import Trace
 
 # Sums of a few hundred double-precision terms of size ten in two orders: 1e-13.
 CLOSE = 1e-11

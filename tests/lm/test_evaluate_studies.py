@@ -10,10 +10,10 @@ import torch
 from scored import make_store, random_corpora
 
 from robustgate.game import BayesGate
-from robustgate.lm.batches import first_documents, read_batches
-from robustgate.lm.evaluate import evaluate
-from robustgate.lm.results import Evaluation
-from robustgate.lm.systems import ORACLE, PREVIOUS, ROBUST, SHARE, STATIC, UNIFORM
+from robustgate.lm.evaluation.evaluate import evaluate
+from robustgate.lm.evaluation.results import Evaluation
+from robustgate.lm.evaluation.systems import ORACLE, PREVIOUS, ROBUST, SHARE, STATIC, UNIFORM
+from robustgate.lm.store.batches import first_documents, read_batches
 
 EXPERTS = ("a", "b", "c")
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)

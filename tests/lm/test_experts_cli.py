@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from robustgate import cli
-from robustgate.lm.features import FeatureSpec
-from robustgate.lm.store import LogProbStore
+from robustgate.lm.scoring.features import FeatureSpec
+from robustgate.lm.store.log_probs import LogProbStore
 
 from .conftest import make_documents, tree
 

@@ -9,13 +9,13 @@ import torch
 
 from robustgate.game import Documents, SequenceGate, finite_samplers
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.fit import fit
-from robustgate.lm.gate_inputs import Packed
-from robustgate.lm.gates import GateSpec, Network, document_features
+from robustgate.lm.gates.fit import fit
+from robustgate.lm.gates.inputs import Packed
+from robustgate.lm.gates.samplers import ExpertSamplers, _choose
+from robustgate.lm.gates.sequence_fit import fit_sequence_gate
+from robustgate.lm.gates.spec import GateSpec, Network, document_features
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.samplers import ExpertSamplers, _choose
-from robustgate.lm.score import score
-from robustgate.lm.sequence_fit import fit_sequence_gate
+from robustgate.lm.scoring.score import score
 from robustgate.lm.tokenizer import encode, special_ids
 
 PRIOR = torch.tensor([0.5, 0.5], dtype=torch.float64)

@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from robustgate import cli
 from robustgate.game import BayesGate, TokenGate
-from robustgate.lm.features import FeatureSpec
-from robustgate.lm.fit import fit
-from robustgate.lm.gate_inputs import GateInputs, Packed, batches
-from robustgate.lm.gates import GateSpec, Network
+from robustgate.lm.gates.fit import fit
+from robustgate.lm.gates.inputs import GateInputs, Packed, batches
+from robustgate.lm.gates.spec import GateSpec, Network
+from robustgate.lm.gates.token_fit import _runs, bayes_losses, choose_share, fit_token_gate
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.token_fit import _runs, bayes_losses, choose_share, fit_token_gate
+from robustgate.lm.scoring.features import FeatureSpec
 
 from .conftest import tree
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from robustgate.game import BayesGate, SequenceGate, TokenGate
-from robustgate.lm.features import FeatureSpec
-from robustgate.lm.gates import (
+from robustgate.lm.gates.spec import (
     BayesOptions,
     GateSpec,
     Network,
@@ -19,6 +18,7 @@ from robustgate.lm.gates import (
     document_features,
     standardise,
 )
+from robustgate.lm.scoring.features import FeatureSpec
 
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 SPECS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from robustgate.lm import ExpertSet, LogProbStore, score
-from robustgate.lm.fit import fit
+from robustgate.lm.gates.fit import fit
 from robustgate.lm.serve import encode_prompt, open_model, pad_prompts
 
 REASON = 'lm_eval is not installed; install it with: pip install "robustgate[harness]"'

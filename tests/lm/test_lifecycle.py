@@ -13,13 +13,13 @@ import torch
 
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.fit import fit
-from robustgate.lm.lifecycle import add_expert, list_experts
+from robustgate.lm.gates.fit import fit
+from robustgate.lm.lifecycle.members import add_expert, list_experts
+from robustgate.lm.lifecycle.optout import OptOut
+from robustgate.lm.lifecycle.removal import plan_removal, remove_expert
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.optout import OptOut
-from robustgate.lm.removal import plan_removal, remove_expert
-from robustgate.lm.score import score
-from robustgate.lm.store import LogProbStore
+from robustgate.lm.scoring.score import score
+from robustgate.lm.store.log_probs import LogProbStore
 
 from .conftest import tree
 from .lives import NAMES, SPEC, TRAINING, opt_out, record, remove, same_as_without

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from robustgate.lm.carriers import Carrier
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
 from robustgate.lm.files import sha256_json
-from robustgate.lm.fit import fit
-from robustgate.lm.lineage import MANIFEST, Data, Origin, origins
+from robustgate.lm.gates.fit import fit
+from robustgate.lm.lifecycle.carriers import Carrier
+from robustgate.lm.lifecycle.removal import plan_removal
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.removal import plan_removal
-from robustgate.lm.score import score
-from robustgate.lm.store import LogProbStore
+from robustgate.lm.scoring.score import score
+from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.lm.tokenizer import train_tokenizer
-from robustgate.lm.train import train
+from robustgate.lm.training.lineage import MANIFEST, Data, Origin, origins
+from robustgate.lm.training.train import train
 
 from .lives import TRAINING, opt_out, record, remove, same_as_without
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from robustgate.lm import removal
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
 from robustgate.lm.files import exclusive
-from robustgate.lm.fit import fit
+from robustgate.lm.gates.fit import fit
+from robustgate.lm.lifecycle import removal
+from robustgate.lm.lifecycle.optout import OptOut, manifest_path
+from robustgate.lm.lifecycle.removal import plan_removal, remove_expert
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.optout import OptOut, manifest_path
-from robustgate.lm.removal import plan_removal, remove_expert
-from robustgate.lm.score import score
-from robustgate.lm.store import LogProbStore
+from robustgate.lm.scoring.score import score
+from robustgate.lm.store.log_probs import LogProbStore
 
 from .conftest import fork, tree
 from .lives import opt_out, remove, same_as_without

@@ -15,10 +15,10 @@ from scored import make_store, random_corpora
 from robustgate.game import robust_prior
 from robustgate.lm import publish
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.fit import fit
+from robustgate.lm.gates.fit import fit
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.score import score
-from robustgate.lm.store import LogProbStore
+from robustgate.lm.scoring.score import score
+from robustgate.lm.store.log_probs import LogProbStore
 
 from .conftest import tree
 

@@ -11,9 +11,9 @@ from torch.utils.data import WeightedRandomSampler
 from typer.testing import CliRunner
 
 from robustgate import cli
-from robustgate.lm.fit import fit
+from robustgate.lm.gates.data_weights import DataWeights, data_weights
+from robustgate.lm.gates.fit import fit
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.weights import DataWeights, data_weights
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from robustgate.lm.corpus import Corpus
-from robustgate.lm.evaluate import evaluate_model
+from robustgate.lm.evaluation.evaluate import evaluate_model
+from robustgate.lm.evaluation.results import Evaluation
+from robustgate.lm.evaluation.trace import Trace, mixed_document, trace_gate
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.fit import fit
+from robustgate.lm.gates.fit import fit
 from robustgate.lm.modular import ModularModel
 from robustgate.lm.report import write_report
 from robustgate.lm.report.page import Cell, Page, Row, Section, Stat, Table
 from robustgate.lm.report.palette import Palette
 from robustgate.lm.report.svg import minus
-from robustgate.lm.results import Evaluation
-from robustgate.lm.score import score
-from robustgate.lm.store import LogProbStore
-from robustgate.lm.trace import Trace, mixed_document, trace_gate
+from robustgate.lm.scoring.score import score
+from robustgate.lm.store.log_probs import LogProbStore
 
 VOID = {"meta", "br", "hr", "img"}
 

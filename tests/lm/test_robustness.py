@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import robustgate
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.features import FeatureSpec
 from robustgate.lm.files import write_atomic
-from robustgate.lm.score import score
-from robustgate.lm.store import LogProbStore
-from robustgate.lm.tensorfile import DamagedFileError, read_tensor, write_tensor
-from robustgate.lm.windows import plan_share
+from robustgate.lm.scoring.features import FeatureSpec
+from robustgate.lm.scoring.score import score
+from robustgate.lm.scoring.windows import plan_share
+from robustgate.lm.store.log_probs import LogProbStore
+from robustgate.lm.store.tensorfile import DamagedFileError, read_tensor, write_tensor
 
 from .conftest import fork, tree
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from robustgate.lm import shards
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.forward import token_log_probs
-from robustgate.lm.score import score
-from robustgate.lm.store import LogProbStore
+from robustgate.lm.scoring.forward import token_log_probs
+from robustgate.lm.scoring.score import score
+from robustgate.lm.store import shards
+from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.lm.tokenizer import encode
 
 from .conftest import make_documents, tree

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustgate.lm.store import LogProbStore
+from robustgate.lm.store.log_probs import LogProbStore
 
 from .conftest import fork, tree
 

@@ -18,9 +18,9 @@ import torch
 from robustgate.lm.checkpoint import load_model
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.packing import PackedRows
 from robustgate.lm.tokenizer import encode, load_tokenizer, train_tokenizer
-from robustgate.lm.train import MANIFEST, TrainResult, train
+from robustgate.lm.training.packing import PackedRows
+from robustgate.lm.training.train import MANIFEST, TrainResult, train
 
 from .conftest import fork, make_documents, tree
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from robustgate.lm.corpus import Corpus
+    from robustgate.lm import Corpus
 
 app = typer.Typer(
     name="robustgate",

@@ -15,7 +15,7 @@ from robustgate.cli.app import Domains, Json, app, parse_domains
 from robustgate.console import Answer, Command
 
 if TYPE_CHECKING:
-    from robustgate.lm.lifecycle import ExpertInfo
+    from robustgate.lm.lifecycle.members import ExpertInfo
 
 Experts = Annotated[
     list[Path],
@@ -108,10 +108,8 @@ def score(
     """Score documents with every expert and keep the log-probability of every token."""
     import torch
 
-    from robustgate.lm import ExpertSet
+    from robustgate.lm import ExpertSet, FeatureSpec, list_experts
     from robustgate.lm import score as score_experts
-    from robustgate.lm.features import FeatureSpec
-    from robustgate.lm.lifecycle import list_experts
 
     wanted, part = FeatureSpec.parse(features), parse_shard(shard)
     corpora = parse_domains(domain)
@@ -173,9 +171,7 @@ def list_(
     as_json: Json = False,
 ) -> Answer:
     """Show experts: hash, context, size, what they have scored, their weight."""
-    from robustgate.lm import ExpertSet, LogProbStore
-    from robustgate.lm.lifecycle import list_experts
-    from robustgate.lm.modular import ModularModel
+    from robustgate.lm import ExpertSet, LogProbStore, ModularModel, list_experts
 
     if not (experts or store or model):
         raise ValueError("give --experts, --store or --model")
@@ -197,9 +193,8 @@ def add(
     as_json: Json = False,
 ) -> Answer:
     """Check that a checkpoint can join a store's experts, and register it by its folder's name."""
-    from robustgate.lm import LogProbStore
-    from robustgate.lm.lifecycle import add_expert, tidy
-    from robustgate.lm.modular import ModularModel
+    from robustgate.lm import LogProbStore, ModularModel
+    from robustgate.lm.lifecycle.members import add_expert, tidy
 
     opened = LogProbStore.open(store)
     loaded = ModularModel.load(model) if model else None
@@ -231,10 +226,9 @@ def remove(
 
     A removal that was stopped is finished by the same command.
     """
-    from robustgate.lm import LogProbStore
-    from robustgate.lm.modular import ModularModel
-    from robustgate.lm.optout import manifest_path
-    from robustgate.lm.removal import plan_removal, remove_expert
+    from robustgate.lm import LogProbStore, ModularModel
+    from robustgate.lm.lifecycle.optout import manifest_path
+    from robustgate.lm.lifecycle.removal import plan_removal, remove_expert
 
     loaded, opened = ModularModel.load(model), LogProbStore.open(store)
     plan = plan_removal(name, loaded, opened, keep_weights=keep_weights)

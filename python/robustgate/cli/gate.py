@@ -15,7 +15,7 @@ from robustgate.cli.app import Json, app, parse_domains
 from robustgate.console import Answer, Command
 
 if TYPE_CHECKING:
-    from robustgate.lm.modular import ModularModel
+    from robustgate.lm import ModularModel
 
 
 class Gate(str, Enum):
@@ -78,10 +78,8 @@ def fit(
     as_json: Json = False,
 ) -> Answer:
     """Fit the robust prior to a store, with a certificate, and a learned gate that starts there."""
-    from robustgate.lm import ExpertSet, LogProbStore
-    from robustgate.lm.features import FeatureSpec
-    from robustgate.lm.fit import fit as fit_gate
-    from robustgate.lm.gates import Network
+    from robustgate.lm import ExpertSet, FeatureSpec, LogProbStore, Network
+    from robustgate.lm import fit as fit_gate
 
     model = fit_gate(
         LogProbStore.open(store),
@@ -113,9 +111,8 @@ def distill(
     as_json: Json = False,
 ) -> Answer:
     """Teach a causal token gate to imitate a sequence gate, and measure what that loses."""
-    from robustgate.lm.distill import distill as distill_model
-    from robustgate.lm.gates import Network
-    from robustgate.lm.modular import ModularModel
+    from robustgate.lm import ModularModel, Network
+    from robustgate.lm import distill as distill_model
 
     made = distill_model(
         ModularModel.load(model),
@@ -145,8 +142,7 @@ def weights(
     as_json: Json = False,
 ) -> Answer:
     """Print the least favourable mixture of the domains, as weights for a data loader."""
-    from robustgate.lm.modular import ModularModel
-    from robustgate.lm.weights import data_weights
+    from robustgate.lm import ModularModel, data_weights
 
     counts = None
     if domain:

@@ -46,9 +46,8 @@ def evaluate(
     as_json: Json = False,
 ) -> Answer:
     """Evaluate a modular model on held-out documents of every domain."""
-    from robustgate.lm.evaluate import evaluate_model
-    from robustgate.lm.modular import ModularModel
-    from robustgate.lm.systems import BASELINES
+    from robustgate.lm import ModularModel, evaluate_model
+    from robustgate.lm.evaluation.systems import BASELINES
 
     named = [name.strip() for name in baselines.split(",")]
     chosen = {"all": list(BASELINES), "none": []}.get(baselines, named)

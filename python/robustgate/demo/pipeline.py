@@ -15,18 +15,23 @@ from rich.console import Console
 
 from robustgate.demo.budget import EXPERT_CONFIG, STANDARD, Budget, monolith_config
 from robustgate.demo.corpora import SHARES, read_domains
-from robustgate.lm.corpus import Corpus, read_corpus, write_corpus
-from robustgate.lm.evaluate import evaluate_model
-from robustgate.lm.experts import ExpertSet
+from robustgate.lm import (
+    Corpus,
+    Evaluation,
+    ExpertSet,
+    ModularModel,
+    TrainResult,
+    evaluate_model,
+    fit,
+    read_corpus,
+    score,
+    train,
+    train_tokenizer,
+    write_corpus,
+)
 from robustgate.lm.files import read_json, write_json
-from robustgate.lm.fit import fit
-from robustgate.lm.modular import ModularModel
 from robustgate.lm.report import write_report
 from robustgate.lm.report.page import Section, Table
-from robustgate.lm.results import Evaluation
-from robustgate.lm.score import score
-from robustgate.lm.tokenizer import train_tokenizer
-from robustgate.lm.train import TrainResult, train
 
 Split = Mapping[str, Mapping[str, Corpus]]
 """Split (``train``, ``valid``, ``test``) to domain to documents."""

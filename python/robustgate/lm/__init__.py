@@ -3,23 +3,45 @@
 from typing import TYPE_CHECKING
 
 from robustgate.lm.corpus import Corpus, read_corpus, write_corpus
+from robustgate.lm.evaluation.evaluate import evaluate, evaluate_model
+from robustgate.lm.evaluation.results import Evaluation
 from robustgate.lm.experts import ExpertSet
 from robustgate.lm.files import require
-from robustgate.lm.score import score
-from robustgate.lm.store import LogProbStore
+from robustgate.lm.gates.data_weights import data_weights
+from robustgate.lm.gates.distill import distill
+from robustgate.lm.gates.fit import fit
+from robustgate.lm.gates.spec import Network
+from robustgate.lm.lifecycle.members import add_expert, list_experts
+from robustgate.lm.lifecycle.removal import remove_expert
+from robustgate.lm.modular import ModularModel
+from robustgate.lm.scoring.features import FeatureSpec
+from robustgate.lm.scoring.score import score
+from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.lm.tokenizer import tokenizer_sha256, train_tokenizer
-from robustgate.lm.train import TrainResult, train
+from robustgate.lm.training.train import TrainResult, train
 
 if TYPE_CHECKING:
     from robustgate.lm.causal import ModularForCausalLM
 
 __all__ = [
     "Corpus",
+    "Evaluation",
     "ExpertSet",
+    "FeatureSpec",
     "LogProbStore",
     "ModularForCausalLM",
+    "ModularModel",
+    "Network",
     "TrainResult",
+    "add_expert",
+    "data_weights",
+    "distill",
+    "evaluate",
+    "evaluate_model",
+    "fit",
+    "list_experts",
     "read_corpus",
+    "remove_expert",
     "score",
     "tokenizer_sha256",
     "train",

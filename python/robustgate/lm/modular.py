@@ -24,11 +24,11 @@ from torch import Tensor
 
 from robustgate.lm.experts import ExpertSet
 from robustgate.lm.files import first_line, read_json
-from robustgate.lm.gates import BayesOptions, Gate, GateKind, GateSpec
-from robustgate.lm.records import BASELINES, CertificateRecord, GateFit, TrainingRecord
+from robustgate.lm.gates.records import BASELINES, CertificateRecord, GateFit, TrainingRecord
+from robustgate.lm.gates.spec import BayesOptions, Gate, GateKind, GateSpec
 
 if TYPE_CHECKING:
-    from robustgate.lm.features import FeatureSpec
+    from robustgate.lm.scoring.features import FeatureSpec
 
 FORMAT = "robustgate modular model"
 VERSION = 2

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from robustgate import __version__
 from robustgate.lm.files import exclusive, sha256_json, write_atomic, write_json
 from robustgate.lm.modular import FORMAT, PARAMETERS, VERSION, ExpertEntry, ModularModel
-from robustgate.lm.store import LogProbStore
+from robustgate.lm.store.log_probs import LogProbStore
 
 _HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 

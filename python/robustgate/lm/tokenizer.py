@@ -14,8 +14,8 @@ from torch import Tensor
 
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.files import first_line, new_folder, require, sha256_json, write_json
-from robustgate.lm.lineage import MANIFEST, describe
 from robustgate.lm.progress import ProgressBar
+from robustgate.lm.training.lineage import MANIFEST, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -23,7 +23,7 @@ class ModularConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         experts: for each expert ``name``, ``config`` (its own ``config.json``), ``path`` (of its
             checkpoint, relative to the folder of this configuration; None while it has none),
             ``sha256`` (of the checkpoint) and, once saved, ``dtype`` (that it had in memory).
-        gate: of ``robustgate.lm.gates.GateSpec``, as JSON.
+        gate: of ``robustgate.lm.gates.spec.GateSpec``, as JSON.
         gate_sha256: hash of the gate's file, so that no other gate is taken for this one; None
             before it is saved.
         top_k_experts: how many experts ``generate`` keeps after the prompt; None for all.

@@ -33,7 +33,7 @@ from robustgate.lm.files import (
     remove_folder,
     write_atomic,
 )
-from robustgate.lm.gates import Gate, GateSpec
+from robustgate.lm.gates.spec import Gate, GateSpec
 from robustgate.lm.tokenizer import load_tokenizer, special_ids, tokenizer_sha256
 
 if TYPE_CHECKING:

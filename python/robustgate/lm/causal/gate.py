@@ -12,7 +12,7 @@ from robustgate.game import BayesGate, SequenceGate, TokenGate
 from robustgate.game.token_gate import TokenState
 from robustgate.game.token_network import Pointwise
 from robustgate.lm.causal.cache import GateLayer
-from robustgate.lm.gates import Gate
+from robustgate.lm.gates.spec import Gate
 
 
 class Track(Protocol):

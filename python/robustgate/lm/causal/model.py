@@ -23,7 +23,7 @@ from robustgate.lm.causal.gate import track
 from robustgate.lm.causal.reader import Reader
 from robustgate.lm.causal.tokens import NewTokens, chunks
 from robustgate.lm.causal.weights import Weigher
-from robustgate.lm.gates import Gate, GateSpec
+from robustgate.lm.gates.spec import Gate, GateSpec
 from robustgate.lm.modular import ModularModel
 from robustgate.ops.mixture_log_softmax import mixture_log_softmax
 from robustgate.ops.mixture_nll import mixture_nll

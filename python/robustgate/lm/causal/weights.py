@@ -9,8 +9,8 @@ from robustgate.lm.causal.cache import ModularCache
 from robustgate.lm.causal.gate import BayesTrack, track
 from robustgate.lm.causal.reader import Reading, remember, score
 from robustgate.lm.causal.tokens import NewTokens
-from robustgate.lm.features import FeatureSpec, context_features
-from robustgate.lm.gates import Gate
+from robustgate.lm.gates.spec import Gate
+from robustgate.lm.scoring.features import FeatureSpec, context_features
 
 
 class Weigher:

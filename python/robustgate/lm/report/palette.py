@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from robustgate.lm.evaluation.results import Evaluation, SystemResult
 from robustgate.lm.report.page import Key
 from robustgate.lm.report.svg import COLOURS
-from robustgate.lm.results import Evaluation, SystemResult
 
 
 class Palette:

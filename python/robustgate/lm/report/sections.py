@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from robustgate.lm.evaluation.results import Estimate, Evaluation, SystemResult, format_nats
+from robustgate.lm.evaluation.systems import PREVIOUS, ROBUST, STATIC, UNIFORM, UPDATING
 from robustgate.lm.modular import ModularModel
 from robustgate.lm.report.figures import Bar, Line, bars, lines
 from robustgate.lm.report.page import Cell, Figure, Key, Row, Section, Stat, Table
 from robustgate.lm.report.palette import Palette
-from robustgate.lm.results import Estimate, Evaluation, SystemResult, format_nats
-from robustgate.lm.systems import PREVIOUS, ROBUST, STATIC, UNIFORM, UPDATING
 
 _SHARES = tuple(i / 20 for i in range(21))
 _VISIBLE = 0.0005

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+from robustgate.lm.evaluation.results import Evaluation
 from robustgate.lm.modular import ModularModel
 from robustgate.lm.report.figures import Bar, bars, heat_map
 from robustgate.lm.report.page import Figure, Section, Table
 from robustgate.lm.report.palette import Palette
 from robustgate.lm.report.svg import WIDTH
-from robustgate.lm.results import Evaluation
 
 
 def forgetting(evaluation: Evaluation, palette: Palette) -> Section | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
+from robustgate.lm.evaluation.results import Evaluation
+from robustgate.lm.evaluation.systems import ORACLE, PREVIOUS, SHARE, STATIC, UNIFORM
+from robustgate.lm.evaluation.trace import Trace
 from robustgate.lm.modular import ModularModel
 from robustgate.lm.report.figures import Line, areas, lines
 from robustgate.lm.report.page import Cell, Figure, Passage, Row, Section, Table, Token
 from robustgate.lm.report.palette import Palette
 from robustgate.lm.report.svg import COLOURS, WIDTH
-from robustgate.lm.results import Evaluation
-from robustgate.lm.systems import ORACLE, PREVIOUS, SHARE, STATIC, UNIFORM
-from robustgate.lm.trace import Trace
 
 _ROUNDING = 1e-12
 """Duality gaps below this are rounding errors of double precision."""

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robustgate import __version__
+from robustgate.lm.evaluation.results import Evaluation
+from robustgate.lm.evaluation.trace import Trace
 from robustgate.lm.modular import ModularModel
 from robustgate.lm.report.page import Page, Section
 from robustgate.lm.report.palette import Palette
 from robustgate.lm.report.sections import by_domain, headline_numbers, pairs, worst_case
 from robustgate.lm.report.sections_experts import differences, forgetting, provenance
 from robustgate.lm.report.sections_gate import gate, solver, switch, training
-from robustgate.lm.results import Evaluation
-from robustgate.lm.trace import Trace
 
 
 def write_report(

@@ -1,0 +1,1 @@
+"""Evaluation of a modular model against everything it should be compared with."""

@@ -1,0 +1,1 @@
+"""Gates: how one is described, fitted to a store, distilled, and applied."""

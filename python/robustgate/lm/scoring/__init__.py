@@ -1,0 +1,1 @@
+"""Experts read documents: windows, log-probabilities and features of their distributions."""

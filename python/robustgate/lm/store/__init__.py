@@ -1,0 +1,1 @@
+"""The log-prob store: what every expert says about every token, on disk."""

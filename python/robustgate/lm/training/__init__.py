@@ -1,0 +1,1 @@
+"""Training experts, and the record of what each was trained on."""
