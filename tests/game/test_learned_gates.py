@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from robustgate.game import BayesGate, SequenceGate, TokenGate
+from robustgate.game import BayesGate, SequenceGate, TokenGate, transformer
 
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 NETWORKS = {
@@ -223,6 +223,31 @@ def test_sequence_gates_have_true_gradients(kind):
 
     leaves = [value.detach().clone().requires_grad_() for value in values]
     assert torch.autograd.gradcheck(weights, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("pairs", [1, 40, 100])
+def test_long_documents_look_back_in_runs_that_change_nothing(pairs, monkeypatch):
+    """With a token's row at a time, runs of several, and some that do not divide the length."""
+    gate = trained(NETWORKS["transformer"](BayesGate(PRIOR), context=0))
+    encoder = trained(make_sequence_gates(PRIOR)["transformer"][0])
+    scores, ids = tokens(2, 9, 3), torch.randint(11, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :2] = mask[1, 7:] = False
+    ids[0, 6:] = -1
+
+    whole = gate(scores, mask=mask), encoder(ids)
+    built, allowed = [], transformer._allowed
+
+    def recorded(*args, **options):
+        built.append(allowed(*args, **options))
+        return built[-1]
+
+    monkeypatch.setattr(transformer, "_PAIRS", pairs)
+    monkeypatch.setattr(transformer, "_allowed", recorded)
+    for expected, found in zip(whole, (gate(scores, mask=mask), encoder(ids)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    assert len(built) > 3
+    assert max(mask.numel() for mask in built) <= max(pairs, 2 * 9)
 
 
 def test_padding_of_token_ids_counts_for_nothing():

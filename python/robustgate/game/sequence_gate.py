@@ -148,10 +148,8 @@ class TokenEncoder(nn.Module):
         real = flat >= 0
         place = (real.cumsum(dim=1) - 1).clamp(min=0)  # padding on the left shifts nothing
         x = self.tokens(flat.clamp(min=0)) + self.positions(place)
-        itself = torch.eye(flat.shape[1], dtype=torch.bool, device=flat.device)
-        allowed = (real[:, None, :] | itself).unsqueeze(1)  # [B, 1, T, T]; padding sees itself
         for block in self.blocks:
-            x = block(x, allowed)
+            x = block(x, real, causal=False)
         counted = real.unsqueeze(-1).to(x.dtype)
         mean = (self.norm(x) * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1.0)
         out: Tensor = mean.reshape(*ids.shape[:-1], -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from robustgate.game.transformer import Block, Memory
@@ -62,13 +61,9 @@ class CausalTransformer(nn.Module):
         real: Tensor,  # bool [B, T]
     ) -> Tensor:  # [B, T, W]
         """Return one vector per token, of the tokens up to it."""
-        tokens = features.shape[1]
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=features.device).tril()
-        itself = torch.eye(tokens, dtype=torch.bool, device=features.device)
-        allowed = (real[:, None, :] & causal | itself).unsqueeze(1)  # [B, 1, T, T]
         x = self.embed(features)
         for block in self.blocks:
-            x = block(x, allowed)
+            x = block(x, real, causal=True)
         out: Tensor = self.norm(x)
         return out
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+_PAIRS = 1 << 25
+"""Pairs of tokens that may look at each other at once, at most: what a long document costs."""
+
 Memory = tuple[Tensor, Tensor]  # keys and values of the tokens so far, [B, heads, t, W / heads]
 
 
@@ -36,11 +39,25 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, W]
-        allowed: Tensor,  # bool [B, 1, T, T]: may the row's token look at the column's?
+        real: Tensor,  # bool [B, T]
+        *,
+        causal: bool,
     ) -> Tensor:  # [B, T, W]
-        """Return the block's output; every token must be allowed to look at some token."""
+        """Return the block's output. A token looks at itself and at real ones, if causal before it.
+
+        Memory is linear in T: long sequences ask in runs of tokens.
+        """
         query, key, value = self._heads(x)
-        return self._mix(x, query, key, value, allowed)
+        tokens = real.shape[1]
+        run = max(1, _PAIRS // max(1, real.numel()))
+        parts = []
+        for start in range(0, tokens, run) or (0,):
+            stop = min(start + run, tokens)
+            seen = stop if causal else tokens
+            allowed = _allowed(real[:, :seen], start, stop, causal=causal)
+            asked = query[:, :, start:stop]
+            parts.append(_attend(asked, key[:, :, :seen], value[:, :, :seen], allowed))
+        return self._mix(x, torch.cat(parts, dim=2))
 
     def step(
         self,
@@ -52,17 +69,34 @@ class Block(nn.Module):
         if memory is not None:
             key = torch.cat([memory[0], key], dim=2)
             value = torch.cat([memory[1], value], dim=2)
-        return self._mix(x, query, key, value, None), (key, value)
+        return self._mix(x, _attend(query, key, value, None)), (key, value)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # 3 x [B, heads, T, W / heads]
         projected = self.project(self.norm(x)).unflatten(-1, (3, self.heads, -1))
         query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, value
 
-    def _mix(
-        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None
-    ) -> Tensor:
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    def _mix(self, x: Tensor, attended: Tensor) -> Tensor:
         mixed: Tensor = x + self.out(attended.transpose(1, 2).flatten(2))
         result: Tensor = mixed + self.mlp(mixed)
         return result
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+
+
+def _allowed(
+    real: Tensor,  # bool [B, S], the columns
+    start: int,
+    stop: int,
+    *,
+    causal: bool,
+) -> Tensor:  # bool [B, 1, stop - start, S]
+    """Return whom the tokens from ``start`` to ``stop`` look at; padding looks at itself."""
+    columns = torch.arange(real.shape[1], device=real.device)
+    rows = torch.arange(start, stop, device=real.device).unsqueeze(1)
+    seen = real.unsqueeze(1)
+    if causal:
+        seen = seen & (columns <= rows)
+    return (seen | (columns == rows)).unsqueeze(1)
