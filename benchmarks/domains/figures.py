@@ -44,6 +44,10 @@ def _excess(found: list[Outcome], file: Path) -> None:
         reach = np.abs(np.stack([rows.min(axis=0), rows.max(axis=0)]) - centre)
         axes.errorbar(x, centre, yerr=reach, fmt="o", markersize=4, color=COLOURS[name], label=name)
     axes.axhline(0.0, color="#57606a", linewidth=0.8)
+    axes.set_yscale("symlog", linthresh=0.1)  # what is close to 0 matters most
+    marks = (-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2)
+    axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+    axes.set_yticks([], minor=True)
     axes.set_xticks(range(len(DOMAINS)), DOMAINS)
     axes.set_ylabel("NLL less the oracle expert's, nats per token")
     axes.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.08))

@@ -6,13 +6,17 @@ from pathlib import Path
 from presets import DOMAINS, FEATURES, GATES, Gate, Preset
 from training import corpora
 
-from robustgate.lm import ExpertSet, LogProbStore, score
-from robustgate.lm.distill import distill
-from robustgate.lm.evaluate import evaluate_model
-from robustgate.lm.fit import fit
-from robustgate.lm.modular import ModularModel
-from robustgate.lm.results import Evaluation
-from robustgate.lm.systems import BASELINES
+from robustgate.lm import (
+    Evaluation,
+    ExpertSet,
+    LogProbStore,
+    ModularModel,
+    distill,
+    evaluate_model,
+    fit,
+    score,
+)
+from robustgate.lm.evaluation.systems import BASELINES
 
 KINDS = ("experts", "scratch")
 """Sets of experts: branches of a seed model, and trained from nothing."""

@@ -8,7 +8,7 @@ from typing import Any
 from judging import KINDS, evaluations, model_of
 from presets import DOMAINS
 
-from robustgate.lm.results import Evaluation, SystemResult
+from robustgate.lm.evaluation.results import Evaluation, SystemResult
 
 
 @dataclass(frozen=True)
