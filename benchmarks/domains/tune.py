@@ -9,14 +9,15 @@ domain (that of its own expert) and their mean. Without changes the models are t
 
 from dataclasses import fields, replace
 from pathlib import Path
-from shutil import copytree
 
 import torch
 import training
 from options import parser
 from presets import DOMAINS, PRESETS, Preset
+from run import claim
 
 from robustgate.lm import ExpertSet, score
+from robustgate.lm.training.recipe import SCHEDULES
 
 KINDS = {
     "experts": training.experts,
@@ -31,25 +32,24 @@ def main() -> None:
     reader.add_argument("kind", choices=KINDS)
     reader.add_argument("changes", nargs="*", metavar="FIELD=VALUE", default=[])
     options = reader.parse_args()
-    torch.set_num_threads(1)
+    preset = PRESETS[options.preset]
+    claim(options.out, options.preset, preset)
     try:
-        found = loss(
-            options.data, options.out, PRESETS[options.preset], options.kind, *options.changes
-        )
+        changed(preset, *options.changes)
     except ValueError as error:
         reader.error(str(error))
+    torch.set_num_threads(1)
+    found = loss(options.data, options.out, preset, options.kind, *options.changes)
     print(options.kind, *options.changes, *(f"{name} {nll:.4f}" for name, nll in found.items()))
     print(f"mean {sum(found.values()) / len(found):.4f}")
 
 
 def loss(data: Path, out: Path, preset: Preset, kind: str, *changes: str) -> dict[str, float]:
     """Return the losses on validation text by domain, nats per token."""
-    training.tokenizer(data, out, preset)
-    place = out
-    if changes:
-        place = out / "tuned" / "-".join((kind, *changes))
-        copytree(out / "tokenizer", place / "tokenizer", dirs_exist_ok=True)
-    KINDS[kind](data, place, changed(preset, *changes), 0)
+    place = out / "tuned" / "-".join((kind, *changes)) if changes else out
+    preset = changed(preset, *changes)
+    training.tokenizer(data, place, preset)
+    KINDS[kind](data, place, preset, 0)
     losses = {}
     for corpus in training.corpora(data, "valid", preset.documents):
         name = corpus.name
@@ -72,6 +72,8 @@ def changed(preset: Preset, *changes: str) -> Preset:
                 for key in ("expert", "monolith")
             }
             preset = replace(preset, **models)
+        elif name.endswith("schedule") and value not in SCHEDULES:
+            raise ValueError(f"{name}: expected one of {', '.join(SCHEDULES)}, got {value!r}")
         elif known.get(name) in (int, float, str):
             preset = replace(preset, **{name: known[name](value)})
         else:

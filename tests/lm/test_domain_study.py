@@ -69,6 +69,8 @@ def test_it_runs_from_text_to_tables_and_does_nothing_twice(tmp_path, monkeypatc
     assert other != tune.loss(data, out, preset, "brief")
     changed = tune.changed(preset, "seed_steps=5", "scale=0.1")
     assert (changed.seed_steps, changed.monolith["initializer_range"]) == (5, 0.1)
-    for wrong in ("rate=1", "seed_steps=x", "seed_steps", "expert=1"):
-        with pytest.raises(ValueError, match=r"expected FIELD=VALUE|invalid literal"):
+    for wrong in ("rate=1", "seed_steps=x", "seed_steps", "expert=1", "schedule=x"):
+        with pytest.raises(
+            ValueError, match=r"expected FIELD=VALUE|invalid literal|expected one of"
+        ):
             tune.changed(preset, wrong)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 _PAIRS = 1 << 25
-"""Pairs of tokens that may look at each other at once, at most: what a long document costs."""
+"""Pairs of tokens in one mask, at most, or those of one row of tokens if there are more."""
 
 Memory = tuple[Tensor, Tensor]  # keys and values of the tokens so far, [B, heads, t, W / heads]
 
@@ -45,7 +45,7 @@ class Block(nn.Module):
     ) -> Tensor:  # [B, T, W]
         """Return the block's output. A token looks at itself and at real ones, if causal before it.
 
-        Memory is linear in T: long sequences ask in runs of tokens.
+        Without gradients memory is linear in T: long sequences ask in runs of tokens.
         """
         query, key, value = self._heads(x)
         tokens = real.shape[1]

@@ -112,7 +112,7 @@ class ModularModel:
 
         Returns:
             By kind a ``BayesGate``, a ``TokenGate`` (whose ``context`` is the width of
-            ``features``) or a ``SequenceGate`` (whose inputs are ``gates.document_features``).
+            ``features``) or a ``SequenceGate`` (whose inputs are ``gates.spec.document_features``).
         """
         with torch.random.fork_rng(devices=[]):  # of the initial numbers, which are replaced
             gate = self.spec.build(self.prior)

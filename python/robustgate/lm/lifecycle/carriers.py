@@ -10,9 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from robustgate.lm import modular as models
 from robustgate.lm.checkpoint import checkpoint_sha256, weight_files
-from robustgate.lm.modular import ModularModel
+from robustgate.lm.modular import FORMAT, ModularModel
 from robustgate.lm.store import manifest as stores
 from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.lm.training.lineage import (
@@ -237,7 +236,7 @@ def _elsewhere(sha256: str, model: ModularModel, store: LogProbStore) -> Iterato
     ours = {entry.sha256 for entry in model.experts}
     for folder in _beside([model.path.resolve(), store.path.resolve()], "manifest.json"):
         content = read_object(folder / "manifest.json")
-        kind = {models.FORMAT: "model", stores.FORMAT: "store"}.get(str(content.get("format")))
+        kind = {FORMAT: "model", stores.FORMAT: "store"}.get(str(content.get("format")))
         if kind is None or folder in mine:
             continue
         hashes = _hashes(content.get("experts"))
