@@ -7,7 +7,6 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
-from presets import DOMAINS
 from summary import Outcome
 
 COLOURS = {
@@ -36,10 +35,11 @@ def draw(found: list[Outcome], folder: Path) -> None:
 def _excess(found: list[Outcome], file: Path) -> None:
     """One point per system and domain, mean over seeds with the range of the seeds."""
     shown = [name for name in COLOURS if name in found[0].systems["experts"]]
+    domains = found[0].domains
     figure, axes = plt.subplots(figsize=(9, 4))
     for place, name in enumerate(shown):
         rows = np.array([run.systems["experts"][name].excess for run in found])  # [seeds, D]
-        x = np.arange(len(DOMAINS)) + (place - (len(shown) - 1) / 2) * 0.8 / len(shown)
+        x = np.arange(len(domains)) + (place - (len(shown) - 1) / 2) * 0.8 / len(shown)
         centre = rows.mean(axis=0)
         reach = np.abs(np.stack([rows.min(axis=0), rows.max(axis=0)]) - centre)
         axes.errorbar(x, centre, yerr=reach, fmt="o", markersize=4, color=COLOURS[name], label=name)
@@ -48,7 +48,7 @@ def _excess(found: list[Outcome], file: Path) -> None:
     marks = (-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2)
     axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
     axes.set_yticks([], minor=True)
-    axes.set_xticks(range(len(DOMAINS)), DOMAINS)
+    axes.set_xticks(range(len(domains)), domains)
     axes.set_ylabel("NLL less the oracle expert's, nats per token")
     axes.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     _save(figure, file)

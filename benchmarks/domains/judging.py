@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from presets import DOMAINS, FEATURES, GATES, Gate, Preset
+from presets import FEATURES, GATES, Gate, Preset
 from training import corpora
 
 from robustgate.lm import (
@@ -33,7 +33,7 @@ def test(data: Path, out: Path, preset: Preset, seed: int) -> None:
     _score(data, place, "test", preset)
     for name, path in _monoliths(place).items():
         model = ExpertSet.open({name: path})
-        documents = corpora(data, "test", preset.documents)
+        documents = corpora(data, "test", preset)
         score(model, documents, place / "scores" / "experts-test", progress=False)
 
 
@@ -51,8 +51,8 @@ def judge(data: Path, out: Path, preset: Preset, seed: int) -> None:
             everything = gate.kind == "prior"
             alone = everything and kind == "experts"
             evaluate_model(
-                _fit(gate, store, folder, _experts(place, kind), preset, seed),
-                corpora(data, "test", preset.documents),
+                _fit(gate, store, folder, _experts(place, kind, preset), preset, seed),
+                corpora(data, "test", preset),
                 store=place / "scores" / f"{kind}-test",
                 monolith=_monoliths(place) if alone else None,
                 baselines=tuple(BASELINES) if everything else ("oracle",),
@@ -101,8 +101,8 @@ def _score(data: Path, place: Path, split: str, preset: Preset) -> None:
     for kind in KINDS:
         if (place / kind).exists():
             score(
-                _experts(place, kind),
-                corpora(data, split, preset.documents),
+                _experts(place, kind, preset),
+                corpora(data, split, preset),
                 place / "scores" / f"{kind}-{split}",
                 features=FEATURES,
                 stride=3 * preset.context // 4,
@@ -110,8 +110,8 @@ def _score(data: Path, place: Path, split: str, preset: Preset) -> None:
             )
 
 
-def _experts(place: Path, kind: str) -> ExpertSet:
-    return ExpertSet.open([place / kind / name for name in DOMAINS])
+def _experts(place: Path, kind: str, preset: Preset) -> ExpertSet:
+    return ExpertSet.open([place / kind / name for name in preset.domains])
 
 
 def _monoliths(place: Path) -> dict[str, Path]:

@@ -56,7 +56,7 @@ class Preset:
     """Sizes and lengths. A step reads ``batch_size`` rows of ``context`` tokens.
 
     Attributes:
-        expert, monolith: configurations. The monolith has no fewer weights than all experts.
+        expert, monolith: configurations. The monolith has no fewer weights than five experts.
         seed_steps: of the seed model, on the union.
         branch_steps: of each expert after it, on its own domain.
         expert_rate, branch_rate, monolith_rate, brief_rate: peak learning rates.
@@ -64,6 +64,7 @@ class Preset:
         scratch_seeds: seeds for which experts without a seed model are trained too.
         gate_steps: of the token gates.
         documents: of each split of each domain, at most; 0 for all.
+        domains: their names; the folders of the text.
         bf16: multiply matrices in bfloat16 in training; scores are always float32.
     """
 
@@ -83,11 +84,13 @@ class Preset:
     schedule: str = "linear"
     scratch_seeds: int = 0
     documents: int = 0
+    domains: tuple[str, ...] = DOMAINS
     bf16: bool = False
 
-    def total_steps(self, domains: int) -> int:
+    @property
+    def total_steps(self) -> int:
         """Return the steps of seed model and experts together, which a monolith makes too."""
-        return self.seed_steps + domains * self.branch_steps
+        return self.seed_steps + len(self.domains) * self.branch_steps
 
 
 # CPU: tuned on validation text of seed 0 (docs/evidence.md). GPU: not tuned.

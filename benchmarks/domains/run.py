@@ -3,9 +3,9 @@
     python benchmarks/domains/run.py [--preset cpu|gpu|quick] [--seeds N] [--jobs J] [--out FOLDER]
 
 Data: ``<domain>/{train,valid,test}.txt`` in the folder ``--data``, by default that named by the
-environment variable ROBUSTGATE_DATA. Finished stages are skipped and a killed training goes on
-where it stopped, so that a call after a kill costs only what is missing. Writes ``results.json``
-(every number of every seed), ``table.md`` and charts as SVG.
+environment variable ROBUSTGATE_DATA; two domains or more. Finished stages are skipped and a killed
+training goes on where it stopped, so that a call after a kill costs only what is missing. Writes
+``results.json`` (every number of every seed), ``table.md`` and charts as SVG.
 """
 
 import json
@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import judging
 import training
 from figures import draw
-from options import parser
-from presets import PRESETS, Preset
+from options import chosen, parser
+from presets import Preset
 from summary import Outcome, summarise
 from table import table
 
@@ -36,7 +36,7 @@ def main() -> None:
     reader.add_argument("--seeds", type=int, default=3)
     reader.add_argument("--jobs", type=int, default=2, help="processes at once, one thread each")
     options = reader.parse_args()
-    data, preset = options.data, PRESETS[options.preset]
+    data, preset = options.data, chosen(options)
     claim(options.out, options.preset, preset)
     training.tokenizer(data, options.out, preset)
     with ProcessPoolExecutor(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from judging import KINDS, evaluations, model_of
-from presets import DOMAINS
 
 from robustgate.lm.evaluation.results import Evaluation, SystemResult
 
@@ -37,6 +36,7 @@ class Outcome:
     """One seed.
 
     Attributes:
+        domains: their names, in the order of every list.
         systems: by set of experts and name.
         tokens, documents: of test, by domain.
         prior: certified, by expert, and its least favourable mixture.
@@ -48,6 +48,7 @@ class Outcome:
     """
 
     seed: int
+    domains: list[str]
     systems: dict[str, dict[str, System]] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
@@ -65,17 +66,17 @@ class Outcome:
 
 def summarise(out: Path, seed: int) -> Outcome:
     """Gather the numbers of one seed."""
-    outcome = Outcome(seed)
     evaluated = {kind: evaluations(out, seed, kind) for kind in KINDS}
-    for kind, found in evaluated.items():
-        if found:
-            outcome.systems[kind] = {
-                name: _system(system)
-                for gate, evaluation in found.items()
-                for name, system in _shown(gate, evaluation).items()
-            }
     found = evaluated["experts"]
     first = found["prior"]
+    outcome = Outcome(seed, list(first.domains))
+    for kind, judged in evaluated.items():
+        if judged:
+            outcome.systems[kind] = {
+                name: _system(system)
+                for gate, evaluation in judged.items()
+                for name, system in _shown(gate, evaluation).items()
+            }
     content = first.to_json()
     outcome.tokens = [part.tokens for part in first.systems[0].domains]
     outcome.documents = [part.documents for part in first.systems[0].domains]
@@ -95,7 +96,7 @@ def summarise(out: Path, seed: int) -> Outcome:
         if content.get("training") is not None:
             outcome.gates[gate] = content["training"]
     folder = out / f"seed{seed}"
-    for name in ("seed", "monolith", "brief", "small", *(f"experts/{d}" for d in DOMAINS)):
+    for name in ("seed", "monolith", "brief", "small", *(f"experts/{d}" for d in outcome.domains)):
         manifest = json.loads((folder / name / "robustgate.json").read_text("utf-8"))
         outcome.models[name] = {key: manifest[key] for key in ("parameters", "tokens", "loss")}
     return outcome

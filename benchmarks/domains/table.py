@@ -2,8 +2,7 @@
 
 from statistics import mean, stdev
 
-from presets import DOMAINS
-from summary import Outcome, System
+from summary import Outcome
 
 MARGIN = 1e-3  # nats per token: less is a tie
 GATE, PRIOR, UNIFORM = "token transformer", "robust Bayes mixture", "uniform Bayes mixture"
@@ -38,7 +37,7 @@ def table(found: list[Outcome]) -> str:
         if all(name in found[0].systems["experts"] for name in (one, other))
     ]
     for kind in found[0].systems:
-        lines += ["", *_systems(kind, [run.systems[kind] for run in found if kind in run.systems])]
+        lines += ["", *_systems(kind, [run for run in found if kind in run.systems])]
     lines += ["", "| model | weights | tokens read |", "|---|---|---|"]
     lines += [
         f"| {name} | {model['parameters']:,} | {model['tokens']:,} |"
@@ -47,18 +46,19 @@ def table(found: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _systems(kind: str, runs: list[dict[str, System]]) -> list[str]:
+def _systems(kind: str, found: list[Outcome]) -> list[str]:
     """Return the table of all systems over one set of experts."""
     what = {"experts": "Experts branched from a seed model", "scratch": "Experts from nothing"}
+    domains, runs = found[0].domains, [run.systems[kind] for run in found]
     lines = [
         f"{what[kind]}, {len(runs)} seed{'s' * (len(runs) > 1)}; test NLL, nats per token.",
         "",
-        f"| system | {' | '.join(DOMAINS)} | mean | largest excess over the oracle |",
-        "|---" * (len(DOMAINS) + 3) + "|",
+        f"| system | {' | '.join(domains)} | mean | largest excess over the oracle |",
+        "|---" * (len(domains) + 3) + "|",
     ]
     for name in runs[0]:
         own = [run[name] for run in runs]
-        columns = [spread([system.nll[d] for system in own]) for d in range(len(DOMAINS))]
+        columns = [spread([system.nll[d] for system in own]) for d in range(len(domains))]
         columns += [spread([mean(s.nll) for s in own]), spread([max(s.excess) for s in own])]
         lines.append(f"| {name} | {' | '.join(columns)} |")
     return lines
@@ -82,4 +82,4 @@ def _verdict(found: list[Outcome], one: str, other: str) -> str:
     answer = "yes" if wins == len(pairs) else "no" if losses == len(pairs) else "tie"
     if wins and losses:
         answer = "not clearly"
-    return f"{answer}; better on {domains} of {len(pairs) * len(DOMAINS)} domains"
+    return f"{answer}; better on {domains} of {sum(len(run.domains) for run in found)} domains"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from presets import DOMAINS, Preset
+from presets import Preset
 
 from robustgate.lm import Corpus, read_corpus, train, train_tokenizer
 
@@ -12,9 +12,10 @@ Task = Callable[[Path, Path, Preset, int], None]
 """What runs by itself, with the arguments data, out, preset and seed."""
 
 
-def corpora(data: Path, split: str, limit: int = 0) -> list[Corpus]:
-    """Read one split of every domain; ``limit`` documents of each at most, 0 for all."""
-    whole = [read_corpus(data / name / f"{split}.txt", name) for name in DOMAINS]
+def corpora(data: Path, split: str, preset: Preset) -> list[Corpus]:
+    """Read one split of every domain, ``preset.documents`` of each at most."""
+    whole = [read_corpus(data / name / f"{split}.txt", name) for name in preset.domains]
+    limit = preset.documents
     return [Corpus.of(c.name, c.documents[:limit]) for c in whole] if limit else whole
 
 
@@ -26,9 +27,7 @@ def union(parts: list[Corpus]) -> Corpus:
 def tokenizer(data: Path, out: Path, preset: Preset) -> None:
     """Train the shared tokenizer on the training text of all domains."""
     if not (out / "tokenizer").exists():
-        train_tokenizer(
-            corpora(data, "train", preset.documents), preset.vocab_size, out / "tokenizer"
-        )
+        train_tokenizer(corpora(data, "train", preset), preset.vocab_size, out / "tokenizer")
 
 
 def experts(data: Path, out: Path, preset: Preset, seed: int) -> None:
@@ -36,7 +35,7 @@ def experts(data: Path, out: Path, preset: Preset, seed: int) -> None:
 
     The learning rate may stay at its peak in the seed model, for it falls to 0 in the experts.
     """
-    parts = corpora(data, "train", preset.documents)
+    parts = corpora(data, "train", preset)
     place = out / f"seed{seed}"
     train(
         union(parts),
@@ -62,13 +61,13 @@ def experts(data: Path, out: Path, preset: Preset, seed: int) -> None:
 
 def scratch(data: Path, out: Path, preset: Preset, seed: int) -> None:
     """Experts without a seed model: the same tokens in all, nothing shared but the tokenizer."""
-    for part in corpora(data, "train", preset.documents):
+    for part in corpora(data, "train", preset):
         train(
             part,
             out / f"seed{seed}" / "scratch" / part.name,
             config=preset.expert,
             tokenizer=out / "tokenizer",
-            steps=preset.total_steps(len(DOMAINS)) // len(DOMAINS),
+            steps=preset.total_steps // len(preset.domains),
             learning_rate=preset.expert_rate,
             schedule=preset.schedule,
             **_common(preset, seed),
@@ -77,19 +76,19 @@ def scratch(data: Path, out: Path, preset: Preset, seed: int) -> None:
 
 def monolith(data: Path, out: Path, preset: Preset, seed: int) -> None:
     """One model with the weights of all experts and all tokens: K times their arithmetic."""
-    steps = preset.total_steps(len(DOMAINS))
+    steps = preset.total_steps
     _single(data, out, "monolith", preset, seed, preset.monolith, preset.monolith_rate, steps)
 
 
 def brief(data: Path, out: Path, preset: Preset, seed: int) -> None:
     """One model with the weights of all experts and their training arithmetic."""
-    steps = preset.total_steps(len(DOMAINS)) // len(DOMAINS)
+    steps = preset.total_steps // len(preset.domains)
     _single(data, out, "brief", preset, seed, preset.monolith, preset.brief_rate, steps)
 
 
 def small(data: Path, out: Path, preset: Preset, seed: int) -> None:
     """One model with an expert's weights and as many tokens as all: their training arithmetic."""
-    steps = preset.total_steps(len(DOMAINS))
+    steps = preset.total_steps
     _single(data, out, "small", preset, seed, preset.expert, preset.expert_rate, steps)
 
 
@@ -105,7 +104,7 @@ def _single(
 ) -> None:
     """Train one model on the union of all domains."""
     train(
-        union(corpora(data, "train", preset.documents)),
+        union(corpora(data, "train", preset)),
         out / f"seed{seed}" / name,
         config=config,
         tokenizer=out / "tokenizer",

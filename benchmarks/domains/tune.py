@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 import training
-from options import parser
-from presets import DOMAINS, PRESETS, Preset
+from options import chosen, parser
+from presets import Preset
 from run import claim
 
 from robustgate.lm import ExpertSet, score
@@ -32,7 +32,7 @@ def main() -> None:
     reader.add_argument("kind", choices=KINDS)
     reader.add_argument("changes", nargs="*", metavar="FIELD=VALUE", default=[])
     options = reader.parse_args()
-    preset = PRESETS[options.preset]
+    preset = chosen(options)
     claim(options.out, options.preset, preset)
     try:
         changed(preset, *options.changes)
@@ -51,14 +51,14 @@ def loss(data: Path, out: Path, preset: Preset, kind: str, *changes: str) -> dic
     training.tokenizer(data, place, preset)
     KINDS[kind](data, place, preset, 0)
     losses = {}
-    for corpus in training.corpora(data, "valid", preset.documents):
+    for corpus in training.corpora(data, "valid", preset):
         name = corpus.name
         trained = place / "seed0" / kind / (name if kind == "experts" else "")
         model = ExpertSet.open({kind: trained})
         store = score(model, [corpus], place / "tuning" / f"{kind}-{name}", progress=False)
         losses[name] = float(-store.document_log_probs(name, (kind,)).sum())
         losses[name] /= store.corpus(name).tokens
-    return {name: losses[name] for name in DOMAINS}
+    return losses
 
 
 def changed(preset: Preset, *changes: str) -> Preset:
