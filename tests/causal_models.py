@@ -11,7 +11,7 @@ from robustgate.game import BayesGate
 from robustgate.lm.causal import ModularForCausalLM
 from robustgate.lm.causal.config import ModularConfig, sizes
 from robustgate.lm.gates.spec import BayesOptions, GateSpec, Network
-from robustgate.lm.scoring.features import FeatureSpec, context_features
+from robustgate.lm.store.features import FeatureSpec, context_features
 
 VOCAB, CONTEXT = 96, 64
 PAD, BOS, EOS = 0, 1, 2

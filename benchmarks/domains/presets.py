@@ -56,7 +56,8 @@ class Preset:
     """Sizes and lengths. A step reads ``batch_size`` rows of ``context`` tokens.
 
     Attributes:
-        expert, monolith: configurations. The monolith has no fewer weights than five experts.
+        expert, monolith: configurations. The monolith has no fewer weights than
+            as many experts as ``DOMAINS``.
         seed_steps: of the seed model, on the union.
         branch_steps: of each expert after it, on its own domain.
         expert_rate, branch_rate, monolith_rate, brief_rate: peak learning rates.

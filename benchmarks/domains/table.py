@@ -9,18 +9,18 @@ GATE, PRIOR, UNIFORM = "token transformer", "robust Bayes mixture", "uniform Bay
 PAIRS = (
     (GATE, UNIFORM, "a token gate beats the uniform Bayes mixture"),
     (GATE, "oracle expert", "a token gate beats the oracle, which knows the domain"),
-    (GATE, "monolith-small", "it beats a model of an expert's size with all tokens"),
+    (GATE, "monolith-small", "it beats the small monolith"),
     (
         GATE,
         "monolith-brief",
-        "it beats the monolith of equal weights and equal training arithmetic",
+        "it beats the brief monolith",
     ),
-    (GATE, "monolith", "it beats the monolith of equal weights and equal tokens"),
+    (GATE, "monolith", "it beats the monolith"),
     (GATE, "token mlp", "looking at all tokens so far beats the present features"),
     ("token mlp", "token mlp, no features", "entropies, maxima and agreements help"),
-    (PRIOR, "monolith-small", "the certified prior alone beats a model of an expert's size"),
-    (PRIOR, "monolith-brief", "the certified prior alone beats the monolith of equal arithmetic"),
-    (PRIOR, "monolith", "the certified prior alone beats the monolith of equal tokens"),
+    (PRIOR, "monolith-small", "the certified prior alone beats the small monolith"),
+    (PRIOR, "monolith-brief", "the certified prior alone beats the brief monolith"),
+    (PRIOR, "monolith", "the certified prior alone beats the monolith"),
     (PRIOR, UNIFORM, "the certified prior beats the uniform one"),
     ("distilled token gate", PRIOR, "a gate distilled from a sequence gate beats the prior"),
     (UNIFORM, "previous-token gate", "the exact posterior beats its short cut"),
@@ -38,12 +38,19 @@ def table(found: list[Outcome]) -> str:
     ]
     for kind in found[0].systems:
         lines += ["", *_systems(kind, [run for run in found if kind in run.systems])]
-    lines += ["", "| model | weights | tokens read |", "|---|---|---|"]
+    return "\n".join([*lines, "", *_models(found[0])]) + "\n"
+
+
+def _models(run: Outcome) -> list[str]:
+    """Return the table of all models; a token's arithmetic grows with the weights it passes."""
+    cost = {name: model["parameters"] * model["tokens"] for name, model in run.models.items()}
+    own = sum(cost[name] for name in ("seed", *(f"experts/{domain}" for domain in run.domains)))
+    lines = ["| model | weights | tokens read | arithmetic, of all experts' |", "|---" * 4 + "|"]
     lines += [
-        f"| {name} | {model['parameters']:,} | {model['tokens']:,} |"
-        for name, model in found[0].models.items()
+        f"| {name} | {model['parameters']:,} | {model['tokens']:,} | {cost[name] / own:.2f} |"
+        for name, model in run.models.items()
     ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _systems(kind: str, found: list[Outcome]) -> list[str]:

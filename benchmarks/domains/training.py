@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from presets import Preset
+from presets import DOMAINS, Preset
 
 from robustgate.lm import Corpus, read_corpus, train, train_tokenizer
 
@@ -75,14 +75,14 @@ def scratch(data: Path, out: Path, preset: Preset, seed: int) -> None:
 
 
 def monolith(data: Path, out: Path, preset: Preset, seed: int) -> None:
-    """One model with the weights of all experts and all tokens: K times their arithmetic."""
+    """One model with the weights of all experts and as many tokens."""
     steps = preset.total_steps
     _single(data, out, "monolith", preset, seed, preset.monolith, preset.monolith_rate, steps)
 
 
 def brief(data: Path, out: Path, preset: Preset, seed: int) -> None:
     """One model with the weights of all experts and their training arithmetic."""
-    steps = preset.total_steps // len(preset.domains)
+    steps = preset.total_steps // len(DOMAINS)  # a token passes through so many experts' weights
     _single(data, out, "brief", preset, seed, preset.monolith, preset.brief_rate, steps)
 
 

@@ -15,8 +15,8 @@ from robustgate.lm.gates.fit import fit
 from robustgate.lm.lifecycle.optout import OptOut
 from robustgate.lm.lifecycle.removal import remove_expert
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.scoring.features import FeatureSpec
 from robustgate.lm.scoring.score import score
+from robustgate.lm.store.features import FeatureSpec
 from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.lm.training.lineage import MANIFEST, Data
 

@@ -14,7 +14,7 @@ from robustgate.lm import ExpertSet, LogProbStore, ModularForCausalLM, score
 from robustgate.lm.gates.fit import fit
 from robustgate.lm.gates.spec import Network
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.scoring.features import FeatureSpec
+from robustgate.lm.store.features import FeatureSpec
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -25,9 +25,9 @@ from robustgate.lm.gates.fit import fit
 from robustgate.lm.gates.records import TrainingRecord
 from robustgate.lm.gates.spec import BayesOptions, GateSpec, Network, document_features
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.scoring.features import FeatureSpec
 from robustgate.lm.scoring.score import score
 from robustgate.lm.store.batches import first_documents
+from robustgate.lm.store.features import FeatureSpec
 from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.lm.tokenizer import encode
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
-from robustgate.lm.scoring.features import FeatureSpec, context_features
 from robustgate.lm.scoring.score import score
+from robustgate.lm.store.features import FeatureSpec, context_features
 from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.lm.tokenizer import encode
 

@@ -16,7 +16,7 @@ from robustgate.lm.gates.inputs import GateInputs, Packed, batches
 from robustgate.lm.gates.spec import GateSpec, Network
 from robustgate.lm.gates.token_fit import _runs, bayes_losses, choose_share, fit_token_gate
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.scoring.features import FeatureSpec
+from robustgate.lm.store.features import FeatureSpec
 
 from .conftest import tree
 

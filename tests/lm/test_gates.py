@@ -18,7 +18,7 @@ from robustgate.lm.gates.spec import (
     document_features,
     standardise,
 )
-from robustgate.lm.scoring.features import FeatureSpec
+from robustgate.lm.store.features import FeatureSpec
 
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 SPECS = {

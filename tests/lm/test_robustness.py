@@ -20,11 +20,11 @@ import robustgate
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
 from robustgate.lm.files import write_atomic
-from robustgate.lm.scoring.features import FeatureSpec
 from robustgate.lm.scoring.score import score
-from robustgate.lm.scoring.windows import plan_share
+from robustgate.lm.store.features import FeatureSpec
 from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.lm.store.tensorfile import DamagedFileError, read_tensor, write_tensor
+from robustgate.lm.store.windows import plan_share
 
 from .conftest import fork, tree
 

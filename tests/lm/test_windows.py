@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustgate.lm.scoring.windows import plan_batches, plan_windows, slice_documents
+from robustgate.lm.store.windows import plan_batches, plan_windows, slice_documents
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 

@@ -14,8 +14,8 @@ from robustgate.lm.gates.spec import Network
 from robustgate.lm.lifecycle.members import add_expert, list_experts
 from robustgate.lm.lifecycle.removal import remove_expert
 from robustgate.lm.modular import ModularModel
-from robustgate.lm.scoring.features import FeatureSpec
 from robustgate.lm.scoring.score import score
+from robustgate.lm.store.features import FeatureSpec
 from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.lm.tokenizer import tokenizer_sha256, train_tokenizer
 from robustgate.lm.training.train import TrainResult, train

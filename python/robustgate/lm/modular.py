@@ -28,7 +28,7 @@ from robustgate.lm.gates.records import BASELINES, CertificateRecord, GateFit, T
 from robustgate.lm.gates.spec import BayesOptions, Gate, GateKind, GateSpec
 
 if TYPE_CHECKING:
-    from robustgate.lm.scoring.features import FeatureSpec
+    from robustgate.lm.store.features import FeatureSpec
 
 FORMAT = "robustgate modular model"
 VERSION = 2

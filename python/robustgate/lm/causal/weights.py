@@ -10,7 +10,7 @@ from robustgate.lm.causal.gate import BayesTrack, track
 from robustgate.lm.causal.reader import Reading, remember, score
 from robustgate.lm.causal.tokens import NewTokens
 from robustgate.lm.gates.spec import Gate
-from robustgate.lm.scoring.features import FeatureSpec, context_features
+from robustgate.lm.store.features import FeatureSpec, context_features
 
 
 class Weigher:

@@ -20,7 +20,7 @@ from robustgate.lm.gates.spec import GateKind, GateSpec, Network
 from robustgate.lm.gates.token_fit import fit_token_gate
 from robustgate.lm.modular import ExpertEntry, ModularModel
 from robustgate.lm.publish import check_place, publish, store_sha256
-from robustgate.lm.scoring.features import FeatureSpec
+from robustgate.lm.store.features import FeatureSpec
 from robustgate.lm.store.log_probs import LogProbStore
 
 

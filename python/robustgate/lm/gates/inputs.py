@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from robustgate.game import TokenGate
-from robustgate.lm.scoring.features import FeatureSpec
 from robustgate.lm.store.batches import read_batches
+from robustgate.lm.store.features import FeatureSpec
 from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.ops.mixture_log_prob import mixture_log_prob
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustgate.game import BayesGate, SequenceGate, TokenGate
 from robustgate.game.token_network import CausalTransformer, Pointwise
-from robustgate.lm.scoring.features import FeatureSpec
+from robustgate.lm.store.features import FeatureSpec
 
 GateKind = Literal["prior", "token", "sequence"]
 NetworkKind = Literal["linear", "mlp", "transformer"]

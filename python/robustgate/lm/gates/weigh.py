@@ -9,8 +9,8 @@ from torch import Tensor
 
 from robustgate.game import BayesGate, SequenceGate, TokenGate
 from robustgate.lm.gates.spec import Gate, document_features
-from robustgate.lm.scoring.windows import plan_batches
 from robustgate.lm.store.batches import Batch
+from robustgate.lm.store.windows import plan_batches
 from robustgate.ops import mixture_log_prob
 
 _PADDED = 1 << 14

@@ -1,1 +1,1 @@
-"""Experts read documents: windows, log-probabilities and features of their distributions."""
+"""Experts read documents, and what they say goes into the store."""

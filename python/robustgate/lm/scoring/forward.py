@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from robustgate.lm.progress import ProgressBar
-from robustgate.lm.scoring.features import FeatureSpec, expert_columns, uniform_jsd
-from robustgate.lm.scoring.windows import plan_batches, plan_windows
+from robustgate.lm.store.features import FeatureSpec, expert_columns, uniform_jsd
 from robustgate.lm.store.shards import LOG_PROBS
+from robustgate.lm.store.windows import plan_batches, plan_windows
 from robustgate.lm.tokenizer import Tokens
 from robustgate.ops.expert_log_prob import expert_log_prob
 

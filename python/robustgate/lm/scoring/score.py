@@ -12,12 +12,12 @@ import torch
 from robustgate.lm.corpus import Corpus
 from robustgate.lm.experts import ExpertSet
 from robustgate.lm.progress import ProgressBar
-from robustgate.lm.scoring.features import FeatureSpec
 from robustgate.lm.scoring.forward import check_causal, read_documents
-from robustgate.lm.scoring.windows import plan_share
+from robustgate.lm.store.features import FeatureSpec
 from robustgate.lm.store.log_probs import SLICE_TOKENS, LogProbStore
 from robustgate.lm.store.manifest import CorpusEntry
 from robustgate.lm.store.shards import LOG_PROBS, Shard
+from robustgate.lm.store.windows import plan_share
 from robustgate.lm.tokenizer import Tokens, encode
 
 

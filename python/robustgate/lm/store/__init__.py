@@ -1,1 +1,1 @@
-"""The log-prob store: what every expert says about every token, on disk."""
+"""The log-prob store: what every expert says about every token, how it is cut, and on disk."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustgate.lm.scoring.features import FeatureSpec, assemble
+from robustgate.lm.store.features import FeatureSpec, assemble
 from robustgate.lm.store.log_probs import LogProbStore
 from robustgate.lm.store.shards import Shard
 from robustgate.lm.store.tensorfile import DamagedFileError

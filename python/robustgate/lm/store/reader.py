@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustgate.lm.scoring.features import FeatureSpec, assemble
+from robustgate.lm.store.features import FeatureSpec, assemble
 from robustgate.lm.store.manifest import CorpusEntry, ExpertEntry, read_manifest
 from robustgate.lm.store.shards import LOG_PROBS, Shard, joint_shards, read_offsets, shards_of
 from robustgate.lm.store.tensorfile import DamagedFileError

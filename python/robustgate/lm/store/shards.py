@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from robustgate.lm.files import exclusive, sha256_json
-from robustgate.lm.scoring.windows import slice_documents
 from robustgate.lm.store.manifest import FORMAT, VERSION, Manifest, read_manifest
 from robustgate.lm.store.tensorfile import DamagedFileError, read_tensor, write_tensor
+from robustgate.lm.store.windows import slice_documents
 
 LOG_PROBS = "token log-probabilities"
 """The kind of shard that every expert has; the others are features."""
